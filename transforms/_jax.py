@@ -1,0 +1,323 @@
+"""The only door to non-public JAX: `Trace`, and the layouts of equations that hold sub-graphs.
+
+Everything that JAX may move lies here, in three parts: staging a function into a jaxpr, binding equations, and where each
+primitive keeps its sub-graphs. `tests/test_jax_contracts.py` pins what is used, per version.
+
+Since JAX 0.11 a `ClosedJaxpr` *is* a `Jaxpr`. Here a "closed" jaxpr is one with `.consts`; on 0.10 that is a `ClosedJaxpr`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jax._src import api_util, core, source_info_util, traceback_util
+from jax._src import linear_util as lu
+from jax._src.ad_checkpoint import name_p as checkpoint_name_p
+from jax._src.interpreters import partial_eval as pe
+from jax._src.lax.lax import _convert_element_type as convert_element_type
+from jax._src.sharding_impls import UNSPECIFIED
+from jax._src.traceback_util import api_boundary
+from jax._src.util import weakref_lru_cache
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var
+
+__all__ = [
+    "Body",
+    "ClosedJaxpr",
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Primitive",
+    "Trace",
+    "Var",
+    "api_boundary",
+    "bind",
+    "bodies",
+    "cast",
+    "check_jaxpr",
+    "checkpoint_name_p",
+    "close",
+    "context_of",
+    "current_source",
+    "dropped",
+    "hide",
+    "last_used",
+    "names_of",
+    "rebind",
+    "scope_of",
+    "set_current_trace",
+    "signature_of",
+    "source_lines",
+    "stage",
+    "stage_flat",
+    "take_current_trace",
+    "transformed",
+    "unresolved",
+    "weakref_lru_cache",
+    "with_leading",
+]
+
+Trace = core.Trace
+set_current_trace = core.set_current_trace
+take_current_trace = core.take_current_trace
+signature_of = api_util.fun_signature
+last_used = core.last_used
+
+
+# ------------------------------------------------------------------------------------------------ frames and source lines
+
+
+def hide(folder: str) -> None:
+    """Leave the frames of this folder out of tracebacks and out of equations' source lines, as JAX does with its own."""
+    prefix = os.path.join(os.path.abspath(folder), "")
+    traceback_util.register_exclusion(prefix)
+    source_info_util.register_exclusion(prefix)
+
+
+def source_lines(eqn: Any, frames: int = 1) -> list[tuple[str, int, str]]:
+    """The user's frames that made `eqn`, innermost first, as (file, line, function)."""
+    found = []
+    for frame in source_info_util.user_frames(eqn.source_info.traceback):
+        found.append((frame.file_name, frame.start_line, frame.function_name))
+        if len(found) == frames:
+            break
+    return found
+
+
+def scope_of(eqn: Any) -> str:
+    """The named scopes of `eqn` within its own graph, joined by slashes; '' at the top."""
+    return str(eqn.source_info.name_stack)
+
+
+def current_source() -> Any:
+    """Source information (traceback and name stack) of what is bound now."""
+    return source_info_util.current()
+
+
+# ------------------------------------------------------------------------------------------------ staging
+
+
+def stage(f: Callable, args: tuple, kwargs: dict, leaves: Sequence[Any], flat: Callable) -> ClosedJaxpr:
+    """Trace `flat`, which takes the leaves of (args, kwargs), with the names that `f` gives its arguments."""
+    names = api_util.debug_info("funcgrad.trace", f, args, kwargs)
+    if names.arg_names is not None and len(names.arg_names) != len(leaves):
+        names = names._replace(arg_names=None)
+    return stage_flat(flat, [core.shaped_abstractify(leaf) for leaf in leaves], names)
+
+
+def stage_flat(flat: Callable, avals: Sequence[Any], names: Any) -> ClosedJaxpr:
+    """Trace a function of flat values of types `avals` that returns a list; never cached, closed-over tracers become consts.
+
+    Args:
+      names: a jaxpr's `debug_info`: what the function and its arguments are called in JAX's messages.
+    """
+    jaxpr, _, consts = pe.trace_to_jaxpr_dynamic(lu.wrap_init(flat, debug_info=names), tuple(avals))
+    return close(jaxpr, consts)
+
+
+def close(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> ClosedJaxpr:
+    """Attach values to the constant variables of an open jaxpr."""
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) and not consts else ClosedJaxpr(jaxpr, list(consts))
+
+
+def with_leading(jaxpr: ClosedJaxpr, values: Sequence[Any]) -> ClosedJaxpr:
+    """Turn the first inputs of a jaxpr into constants of these values, behind the constants that it has."""
+    if not values:
+        return jaxpr
+    opened = pe.convert_constvars_jaxpr(jaxpr.jaxpr)
+    consts = [*jaxpr.consts, *values]
+    if hasattr(opened, "with_consts"):  # since JAX 0.11
+        return opened.with_consts(consts)
+    n = len(consts)
+    names = opened.debug_info.with_unknown_names()
+    return close(opened.replace(constvars=opened.invars[:n], invars=opened.invars[n:], debug_info=names), consts)
+
+
+def names_of(jaxpr: Jaxpr) -> Any:
+    """What a jaxpr's function and inputs, constants among them, are called in JAX's messages."""
+    names = jaxpr.debug_info
+    if jaxpr.constvars and names.arg_names is not None:
+        names = names._replace(arg_names=("",) * len(jaxpr.constvars) + tuple(names.arg_names))
+    return names
+
+
+def unresolved(jaxpr: Jaxpr) -> Any:
+    """As `names_of`, for a new graph of the same inputs: constants and results are to be named anew."""
+    names = jaxpr.debug_info
+    return names._replace(result_paths=None)
+
+
+def check_jaxpr(jaxpr: ClosedJaxpr) -> None:
+    """Type-check every equation; raises JAX's `JaxprTypeError`."""
+    core.check_jaxpr(jaxpr.jaxpr)
+
+
+def cast(value: Any, aval: Any) -> Any:
+    """`value` with the weak type of `aval`; shape and dtype are right already."""
+    return convert_element_type(value, aval.dtype, aval.weak_type)
+
+
+def dropped(var: Any) -> bool:
+    """Whether nothing reads this output variable."""
+    return isinstance(var, core.DropVar)
+
+
+# ------------------------------------------------------------------------------------------------ binding
+
+
+@contextlib.contextmanager
+def context_of(eqn: JaxprEqn) -> Iterator[None]:
+    """The scopes, source line and configuration that `eqn` was traced under."""
+    scopes = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=scopes), eqn.ctx.manager:
+        yield
+
+
+def bind(primitive: Primitive, params: dict, values: Sequence[Any]) -> list[Any]:
+    """Bind an equation's primitive under the current trace. The outputs are a list, also of a primitive with one output."""
+    options = primitive.get_bind_params(params)
+    functions: Sequence[Any] = ()
+    if isinstance(options, tuple):  # JAX 0.10 hands the sub-functions apart
+        functions, options = options
+    outputs = primitive.bind(*functions, *values, **options)
+    return list(outputs) if primitive.multiple_results else [outputs]
+
+
+@lu.transformation2
+def _transformed(f, transform, *args, **kwargs):
+    return transform(f)(*args, **kwargs)
+
+
+def transformed(f: Any, transform: Callable[[Callable], Callable]) -> Any:
+    """`transform` of a sub-function as JAX hands it to a trace: a `WrappedFun`, or a plain function."""
+    return _transformed(f, transform) if isinstance(f, lu.WrappedFun) else transform(f)
+
+
+# ------------------------------------------------------------------------------------------------ layouts of sub-graphs
+
+
+class Body(NamedTuple):
+    """A sub-graph of an equation: its label (the parameter, with an index where there are several) and closed jaxpr."""
+
+    label: str
+    jaxpr: ClosedJaxpr
+
+
+# primitive -> the parameter that holds its sub-graphs. What is not here is one operation (a reduction's combiner, a kernel).
+_BODIES = {
+    "jit": ("jaxpr",),
+    "scan": ("jaxpr",),
+    "while": ("cond_jaxpr", "body_jaxpr"),
+    "cond": ("branches",),
+    "remat2": ("jaxpr",),
+    "closed_call": ("call_jaxpr",),
+    "core_call": ("call_jaxpr",),
+    "custom_linear_solve": ("jaxprs",),
+    "custom_jvp_call": ("call_jaxpr",),
+    "custom_vjp_call": ("call_jaxpr",),
+    "shard_map": ("jaxpr",),
+}
+
+# Their parameters hold Python functions too (rules not yet traced, specs computed by tracing), so these are entered as
+# running functions: the trace's own `process_*` methods.
+FUNCTIONAL = frozenset({"custom_jvp_call", "custom_vjp_call", "shard_map"})
+
+
+def bodies(eqn: Any) -> list[Body]:
+    """The sub-graphs of an equation, in a fixed order; empty for a plain operation."""
+    found = []
+    for key in _BODIES.get(eqn.primitive.name, ()):
+        value = eqn.params[key]
+        if isinstance(value, tuple):  # branches; custom_linear_solve leaves out what was not given
+            labels = getattr(value, "_fields", range(len(value)))
+            found += [Body(f"{key}[{k}]", close(j)) for k, j in zip(labels, value, strict=True) if j is not None]
+        else:
+            found.append(Body(key, close(value)))
+    return found
+
+
+def rebind(primitive: Primitive, params: dict, values: Sequence[Any], new: Sequence[ClosedJaxpr]) -> list[Any]:
+    """Bind an equation with other sub-graphs of the same types, whose constants become operands.
+
+    Sub-graphs may not hold values of an enclosing trace, so each layout says where its operands for constants stand.
+    """
+    opened = [_open(j) for j in new]
+    params, values = _LAYOUTS.get(primitive.name, _call)(dict(params), list(values), opened)
+    return bind(primitive, params, values)
+
+
+class _Opened(NamedTuple):
+    """A jaxpr with its constants as leading inputs, and their values."""
+
+    jaxpr: ClosedJaxpr
+    consts: list[Any]
+
+
+def _open(j: ClosedJaxpr) -> _Opened:
+    return _Opened(close(pe.convert_constvars_jaxpr(j.jaxpr)), list(j.consts)) if j.consts else _Opened(j, [])
+
+
+def _call(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
+    ((body, consts),) = opened
+    key = next(k for k in ("jaxpr", "call_jaxpr") if k in params)
+    is_closed = isinstance(params[key], ClosedJaxpr)
+    return {**params, key: body if is_closed else body.jaxpr}, [*consts, *values]
+
+
+def _jit(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
+    n = len(opened[0].consts)
+    for key, default in (("in_shardings", UNSPECIFIED), ("in_layouts", None), ("donated_invars", False)):
+        params[key] = (default,) * n + tuple(params[key])
+    return _call(params, values, opened)
+
+
+def _scan(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
+    n = len(opened[0].consts)
+    if n and "num_consts" in params:
+        params["num_consts"] += n
+    elif n:  # since JAX 0.11
+        from jax._src import flattree as ft
+
+        consts, carry, xs = params["ft_in"].unpack()
+        params["ft_in"] = ft.pack((ft.nones(n + len(consts)), carry, xs))
+    return _call(params, values, opened)
+
+
+def _while(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
+    cond, body = opened
+    n = params["cond_nconsts"]
+    params.update(cond_jaxpr=cond.jaxpr, body_jaxpr=body.jaxpr)
+    params["cond_nconsts"] += len(cond.consts)
+    params["body_nconsts"] += len(body.consts)
+    return params, [*cond.consts, *values[:n], *body.consts, *values[n:]]
+
+
+def _cond(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
+    # Every branch takes the constants of all, and reads its own.
+    consts = [[Var(v.aval) for v in j.jaxpr.invars[: len(c)]] for j, c in opened]
+    branches = []
+    for k, (j, own) in enumerate(opened):
+        invars = [v for i, others in enumerate(consts) for v in (j.jaxpr.invars[: len(own)] if i == k else others)]
+        replaced = j.jaxpr.replace(invars=[*invars, *j.jaxpr.invars[len(own) :]], debug_info=j.jaxpr.debug_info.with_unknown_names())
+        branches.append(close(replaced) if any(consts) else j)
+    index, *operands = values
+    return {**params, "branches": tuple(branches)}, [index, *(c for _, own in opened for c in own), *operands]
+
+
+def _linear_solve(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
+    lengths, jaxprs = params["const_lengths"], params["jaxprs"]
+    new = iter(opened)
+    at, operands, counts, rebuilt = 0, [], [], []
+    for length, jaxpr in zip(lengths, jaxprs, strict=True):
+        body, consts = next(new) if jaxpr is not None else _Opened(None, [])
+        operands += [*consts, *values[at : at + length]]
+        at += length
+        counts.append(length + len(consts))
+        rebuilt.append(body)
+    params.update(const_lengths=type(lengths)(*counts), jaxprs=type(jaxprs)(*rebuilt))
+    return params, [*operands, *values[at:]]
+
+
+_LAYOUTS = {"jit": _jit, "scan": _scan, "while": _while, "cond": _cond, "custom_linear_solve": _linear_solve}

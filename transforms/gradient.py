@@ -1,0 +1,236 @@
+"""Derivatives: `fg.grad(f)` is `jax.grad(differentiable(f))`, and all of JAX's semantics stay.
+
+Each verb has JAX's own signature, positional options included. A function gives a function; a Graph gives a Graph from `grad`,
+`value_and_grad`, `jacfwd`, `jacrev` and `hessian`, and is a callable like any other to `vjp`, `jvp` and `linearize`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.tree_util import keystr, tree_leaves, tree_leaves_with_path
+
+from . import _jax
+from .errors import ArgumentError, NotScalarError, location
+from .graph import Graph
+from .living import live
+from .rules import Rule, Rules
+
+UserRules = Mapping[_jax.Primitive, Rule]
+
+_RULES = Rules("differentiable")
+
+
+def differentiable(f: Callable, *, rules: UserRules | None = None) -> Callable:
+    """`f` with the same values, and the gradients that the rules give; plain `jax.grad` can differentiate it too.
+
+    Args:
+      f: function or Graph.
+      rules: primitive -> `rule(eqn, *values)`, which returns the equation's outputs by another, differentiable computation
+        of the same values, at any depth of `f` (a straight-through estimator, a `jax.custom_vjp` function).
+    Returns:
+      A function as `f`; `f` itself where there is nothing to change.
+
+    >>> from jax import lax
+    >>> straight_through = lambda eqn, x: x + lax.stop_gradient(lax.round(x) - x)
+    >>> jax.grad(differentiable(lambda x: 3 * lax.round(x), rules={lax.round_p: straight_through}))(0.7)
+    Array(3., dtype=float32, weak_type=True)
+    """
+    table = Rules("differentiable", {**_RULES.table, **(rules or {})}) if rules else _RULES
+    return live(f, table)
+
+
+def grad(
+    fun=None, argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=(), *, rules: UserRules | None = None
+):
+    """Reverse-mode gradient of a scalar function, as `jax.grad`.
+
+    Args:
+      fun: function or Graph that returns a float scalar, shape (); with `has_aux`, a pair of it and anything.
+      argnums: which positional arguments to differentiate with respect to.
+      rules: gradients of primitives that override JAX's; see `differentiable`.
+      has_aux, holomorphic, allow_int, reduce_axes: as in `jax.grad`.
+    Returns:
+      A function as `fun`, or a Graph; the output has the argument's tree, shapes and dtypes. Without `fun`, a decorator.
+    Raises:
+      NotScalarError: the output is not a real scalar. Also a TypeError, as in jax.grad.
+      ArgumentError: an argument in `argnums` holds integers or is no array. Also a TypeError.
+    Source: Griewank & Walther 2008, Evaluating Derivatives, doi:10.1137/1.9780898717761.
+
+    >>> grad(lambda x: x**3)(2.0)
+    Array(12., dtype=float32, weak_type=True)
+    """
+    options = dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes)
+    return _derive(jax.grad, fun, options, rules, scalar=True)
+
+
+def value_and_grad(
+    fun=None, argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=(), *, rules: UserRules | None = None
+):
+    """Value and gradient of a scalar function in one run, as `jax.value_and_grad`; arguments and errors as in `grad`.
+
+    >>> value_and_grad(lambda x: x**3)(2.0)
+    (Array(8., dtype=float32, weak_type=True), Array(12., dtype=float32, weak_type=True))
+    """
+    options = dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes)
+    return _derive(jax.value_and_grad, fun, options, rules, scalar=True)
+
+
+def jacfwd(fun=None, argnums=0, has_aux=False, holomorphic=False, *, rules: UserRules | None = None):
+    """Jacobian by forward mode, one tangent per input element, as `jax.jacfwd`.
+
+    Returns:
+      A function as `fun`, or a Graph; each output leaf becomes the tree of arguments, of shape output.shape + input.shape.
+
+    >>> jacfwd(lambda x: x * x[0])(jax.numpy.array([1.0, 2.0]))
+    Array([[2., 0.],
+           [2., 1.]], dtype=float32)
+    """
+    return _derive(jax.jacfwd, fun, dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic), rules)
+
+
+def jacrev(fun=None, argnums=0, has_aux=False, holomorphic=False, allow_int=False, *, rules: UserRules | None = None):
+    """Jacobian by reverse mode, one cotangent per output element, as `jax.jacrev`; shapes as in `jacfwd`."""
+    options = dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int)
+    return _derive(jax.jacrev, fun, options, rules)
+
+
+def hessian(fun=None, argnums=0, has_aux=False, holomorphic=False, *, rules: UserRules | None = None):
+    """Second derivatives, forward over reverse, as `jax.hessian`.
+
+    Returns:
+      A function as `fun`, or a Graph; each output leaf becomes a tree of trees, of shape output.shape + input.shape twice.
+    """
+    return _derive(jax.hessian, fun, dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic), rules)
+
+
+@_jax.api_boundary
+def vjp(fun, *primals, rules: UserRules | None = None, **options):
+    """Outputs of `fun` and the function that pulls their cotangents back, as `jax.vjp` with its options (`has_aux`)."""
+    return jax.vjp(differentiable(fun, rules=rules), *primals, **options)
+
+
+@_jax.api_boundary
+def jvp(fun, primals, tangents, has_aux=False, *, rules: UserRules | None = None):
+    """Outputs of `fun` and the tangents pushed forward, as `jax.jvp`."""
+    return jax.jvp(differentiable(fun, rules=rules), primals, tangents, has_aux)
+
+
+@_jax.api_boundary
+def linearize(fun, *primals, rules: UserRules | None = None, **options):
+    """Outputs of `fun` and its linear map at `primals`, as `jax.linearize` with its options (`has_aux`)."""
+    return jax.linearize(differentiable(fun, rules=rules), *primals, **options)
+
+
+# ------------------------------------------------------------------------------------------------ the one way all go
+
+
+def _derive(transform: Callable, fun: Any, options: dict, rules: UserRules | None, scalar: bool = False) -> Any:
+    """`transform` of `fun`, with errors in the user's words; a decorator if `fun` is None, a Graph if `fun` is one."""
+    if fun is None:
+        return functools.partial(_derive, transform, options=options, rules=rules, scalar=scalar)
+    verb = transform.__name__
+    if isinstance(fun, Graph):
+        derived = _derive(transform, fun.__call__, options, rules, scalar)
+        return fun.derive(derived, f"{verb}({fun.name})")
+    if not callable(fun):
+        raise ArgumentError(f"{verb} takes a function or a Graph, and got {type(fun).__name__}.", inputs=f"{fun!r:.60}")
+    body = differentiable(fun, rules=rules)
+    derived = transform(_returning_scalar(verb, fun, body, options) if scalar else body, **options)
+
+    @functools.wraps(derived)
+    @_jax.api_boundary
+    def explained(*args, **kwargs):
+        try:
+            return derived(*args, **kwargs)
+        except (TypeError, ValueError):
+            # JAX looks at the arguments before it runs the function: if they are wrong, they are the cause.
+            problem = _wrong_arguments(verb, fun, args, options)
+            if problem is None:
+                raise
+        raise problem
+
+    return explained
+
+
+def _returning_scalar(verb: str, fun: Callable, body: Callable, options: dict) -> Callable:
+    @functools.wraps(fun)
+    def checked(*args, **kwargs):
+        out = body(*args, **kwargs)
+        if options["has_aux"] and not (isinstance(out, tuple) and len(out) == 2):
+            return out  # JAX says what is wrong
+        value = out[0] if options["has_aux"] else out
+        aval = jax.typeof(value) if jax.tree_util.all_leaves([value]) and hasattr(value, "dtype") else None
+        kind = jax.numpy.inexact if options["holomorphic"] else jax.numpy.floating
+        if aval is not None and aval.shape == () and jax.dtypes.issubdtype(aval.dtype, kind):
+            return out
+        if isinstance(value, float | complex):
+            return out
+        if aval is not None and aval.shape == () and jax.dtypes.issubdtype(aval.dtype, jax.numpy.complexfloating):
+            return out  # JAX's message on `holomorphic` is the better one
+        raise NotScalarError(
+            f"{verb} needs a float scalar of shape (), and {_name(fun)} returned {_summary(value)}.",
+            at=location(fun),
+            hint=f"reduce it, as in jnp.mean({_name(fun)}(...)), or take fg.jacrev({_name(fun)})",
+        )
+
+    return checked
+
+
+def _wrong_arguments(verb: str, fun: Callable, args: tuple, options: dict) -> Exception | None:
+    argnums = options["argnums"]
+    for k in argnums if isinstance(argnums, tuple | list) else (argnums,):
+        if not isinstance(k, int):
+            return None
+        if not -len(args) <= k < len(args):
+            return ArgumentError(
+                f"{verb} with argnums={argnums} needs {k + 1 if k >= 0 else -k} positional arguments, "
+                f"and {_name(fun)} was called with {len(args)}.",
+                at=location(fun),
+                hint=f"pass what is to be differentiated by position, or change argnums: {_name(fun)}{_signature(fun)}",
+            )
+        for path, leaf in tree_leaves_with_path(args[k]):
+            where = _parameter(fun, k % len(args)) + keystr(path)
+            try:
+                dtype = jax.typeof(leaf).dtype
+            except TypeError:
+                return ArgumentError(
+                    f"{verb} differentiates {_name(fun)} with respect to {where}, which is no array but {type(leaf).__name__}.",
+                    at=location(fun),
+                    inputs=f"{where} = {leaf!r:.60}",
+                    hint="leave it out of argnums",
+                )
+            if not jax.dtypes.issubdtype(dtype, jax.numpy.inexact) and not options.get("allow_int"):
+                return ArgumentError(
+                    f"{verb} differentiates {_name(fun)} with respect to {where}, which holds {dtype}.",
+                    at=location(fun),
+                    hint=f"leave it out of argnums, or cast it: {where}.astype(float)"
+                    + (", or set allow_int=True" if "allow_int" in options else ""),
+                )
+    return None
+
+
+def _name(f: Callable) -> str:
+    return getattr(f, "__name__", None) or type(getattr(f, "func", f)).__name__
+
+
+def _signature(f: Callable) -> str:
+    return str(_jax.signature_of(f) or "(...)")
+
+
+def _parameter(f: Callable, k: int) -> str:
+    names = list(getattr(_jax.signature_of(f), "parameters", ()))
+    return names[k] if k < len(names) else f"args[{k}]"
+
+
+def _summary(value: Any) -> str:
+    leaves = tree_leaves(value)
+    if len(leaves) == 1 and leaves[0] is value:
+        try:
+            return jax.typeof(value).str_short()
+        except TypeError:
+            return f"{type(value).__name__}"
+    return f"a {type(value).__name__} of {len(leaves)} leaves"

@@ -1,0 +1,69 @@
+"""Rules: what one pass does with one primitive.
+
+A rule is a function `rule(eqn, *values) -> outputs`, or there is none and the equation stays as it is. The table is all that
+tells one pass from another; `interpreter` drives it over traced graphs and `living` over running functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from ._jax import Primitive
+from .errors import DuplicateRule
+
+
+class Equation(Protocol):
+    """What a rule sees of the equation: a `JaxprEqn` of a graph, or what is being bound in a running function."""
+
+    primitive: Primitive
+    params: dict[str, Any]
+    source_info: Any
+
+
+Rule = Callable[..., Any]
+
+
+class Rules:
+    """A table from primitives to rules, with a default for all others.
+
+    Args:
+      name: what the pass is called, for messages.
+      table: primitive -> rule. A rule takes the equation and its input values and returns the output values (a single value
+        for a primitive with one output). What it computes is bound below the pass: a rule does not see its own work.
+      default: rule for every primitive that the table does not hold and that has no sub-graphs; None leaves them as they are.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax import lax
+    >>> softer = Rules("softer")
+    >>> @softer(lax.abs_p)
+    ... def _(eqn, x):
+    ...     return jnp.sqrt(x * x + 1e-2)
+    """
+
+    def __init__(self, name: str, table: Mapping[Primitive, Rule] | None = None, default: Rule | None = None):
+        self.name = name
+        self.default = default
+        self.table: dict[Primitive, Rule] = dict(table or {})
+
+    def __call__(self, *primitives: Primitive) -> Callable[[Rule], Rule]:
+        """Decorator that enters a rule for these primitives; a second one for the same primitive raises `DuplicateRule`."""
+
+        def enter(rule: Rule) -> Rule:
+            for primitive in primitives:
+                if primitive in self.table:
+                    raise DuplicateRule(
+                        f"{self.name} already has a rule for primitive '{primitive.name}'.",
+                        hint="change that rule, or make a table of your own with Rules(name, table)",
+                    )
+                self.table[primitive] = rule
+            return rule
+
+        return enter
+
+    def __bool__(self) -> bool:
+        return bool(self.table) or self.default is not None
+
+    def __repr__(self) -> str:
+        names = ", ".join(sorted(p.name for p in self.table))
+        return f"Rules({self.name}: {names}{' and a default' if self.default else ''})"
