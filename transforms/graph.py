@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-from jax.extend.core import jaxpr_as_fun
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from . import _jax
@@ -70,7 +69,7 @@ class Graph:
         Raises:
           ArgumentError: tree, shape or dtype of an argument differ from the traced ones. Also a TypeError.
         """
-        return tree_unflatten(self.out_tree, jaxpr_as_fun(self.jaxpr)(*self.leaves(*args, **kwargs)))
+        return tree_unflatten(self.out_tree, _jax.jaxpr_as_fun(self.jaxpr)(*self.leaves(*args, **kwargs)))
 
     def leaves(self, *args, **kwargs) -> list[Any]:
         """The flat inputs of a call, checked against the traced types."""

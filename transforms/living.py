@@ -68,13 +68,15 @@ def touched(eqn: Any, rules: Rules) -> bool:
     return any(_holds(body.jaxpr.jaxpr, rules) for body in _jax.bodies(eqn))
 
 
-@functools.partial(_jax.weakref_lru_cache, trace_context_in_key=False)
 def _holds(jaxpr: _jax.Jaxpr, rules: Rules) -> bool:
     def work(eqn):
         inner = _jax.bodies(eqn)
         return eqn.primitive in rules.table or (rules.default is not None and not inner) or touched(eqn, rules)
 
-    return any(map(work, jaxpr.eqns))
+    memo = rules.memo.setdefault(jaxpr, {})
+    if "holds" not in memo:
+        memo["holds"] = any(map(work, jaxpr.eqns))
+    return memo["holds"]
 
 
 def rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules) -> _jax.ClosedJaxpr:
@@ -83,25 +85,15 @@ def rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules) -> _jax.ClosedJaxpr:
     The result is kept per sub-graph, so that what JAX compiled for it is found again at the next call; unless a rule closes
     over values of a trace, which must not outlive it.
     """
-    try:
-        new = _rewritten(jaxpr.jaxpr, rules)
-    except _ClosesOverTracers as e:
-        new = e.jaxpr
+    inner, context = jaxpr.jaxpr, _jax.trace_context()
+    memo = rules.memo.setdefault(inner, {})
+    new = memo.get(context)
+    if new is None:
+        inputs = [*inner.constvars, *inner.invars]
+        new = _jax.stage_flat(lambda *values: _evaluate(inner, rules, values), [v.aval for v in inputs], _jax.names_of(inner))
+        if not any(isinstance(c, jax.core.Tracer) for c in new.consts):
+            memo[context] = new
     return _jax.with_leading(new, jaxpr.consts)
-
-
-class _ClosesOverTracers(Exception):
-    def __init__(self, jaxpr):
-        self.jaxpr = jaxpr
-
-
-@_jax.weakref_lru_cache
-def _rewritten(jaxpr: _jax.Jaxpr, rules: Rules) -> _jax.ClosedJaxpr:
-    inputs = [*jaxpr.constvars, *jaxpr.invars]
-    new = _jax.stage_flat(lambda *values: _evaluate(jaxpr, rules, values), [v.aval for v in inputs], _jax.names_of(jaxpr))
-    if any(isinstance(c, jax.core.Tracer) for c in new.consts):
-        raise _ClosesOverTracers(new)
-    return new
 
 
 def evaluate(jaxpr: _jax.ClosedJaxpr, rules: Rules, values: Sequence[Any]) -> list[Any]:
@@ -152,23 +144,21 @@ class Living(_jax.Trace):
     def _alive(self, f):
         return _jax.transformed(f, lambda g: live(g, self.rules))
 
+    # These leave the current trace as `bind` set it, as JAX's own traces do.
+
     def process_custom_jvp_call(self, primitive, fun, jvp, values, /, **options):
         """A function with its own JVP rule is being called; both run live."""
-        with _jax.set_current_trace(self.parent):
-            return self.parent.process_custom_jvp_call(primitive, self._alive(fun), self._alive(jvp), values, **options)
+        return self.parent.process_custom_jvp_call(primitive, self._alive(fun), self._alive(jvp), values, **options)
 
     def process_custom_vjp_call(self, primitive, fun, fwd, bwd, values, /, **options):
         """A function with its own VJP rule is being called; all three run live."""
         functions = map(self._alive, (fun, fwd, bwd))
-        with _jax.set_current_trace(self.parent):
-            return self.parent.process_custom_vjp_call(primitive, *functions, values, **options)
+        return self.parent.process_custom_vjp_call(primitive, *functions, values, **options)
 
     def process_shard_map(self, primitive, fun, values, /, **options):
         """A function is being mapped over the shards of a mesh; it runs live."""
-        with _jax.set_current_trace(self.parent):
-            return self.parent.process_shard_map(primitive, self._alive(fun), values, **options)
+        return self.parent.process_shard_map(primitive, self._alive(fun), values, **options)
 
     def process_call(self, primitive, fun, values, params, /):
         """A call of the old style, JAX 0.10 only."""
-        with _jax.set_current_trace(self.parent):
-            return self.parent.process_call(primitive, self._alive(fun), values, params)
+        return self.parent.process_call(primitive, self._alive(fun), values, params)

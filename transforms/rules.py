@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
-from ._jax import Primitive
+from ._jax import Jaxpr, Primitive
 from .errors import DuplicateRule
 
 
@@ -45,6 +46,8 @@ class Rules:
         self.name = name
         self.default = default
         self.table: dict[Primitive, Rule] = dict(table or {})
+        # What the drivers found out about sub-graphs; it goes when the table or the sub-graph goes.
+        self.memo: WeakKeyDictionary[Jaxpr, dict[Any, Any]] = WeakKeyDictionary()
 
     def __call__(self, *primitives: Primitive) -> Callable[[Rule], Rule]:
         """Decorator that enters a rule for these primitives; a second one for the same primitive raises `DuplicateRule`."""
@@ -57,6 +60,7 @@ class Rules:
                         hint="change that rule, or make a table of your own with Rules(name, table)",
                     )
                 self.table[primitive] = rule
+                self.memo.clear()
             return rule
 
         return enter

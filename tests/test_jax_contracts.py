@@ -1,0 +1,142 @@
+"""The layouts and names of non-public JAX that `transforms/_jax.py` leans on, per version. When JAX moves, this fails first."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from funcgrad.transforms import _jax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+X = jnp.linspace(0.1, 1.0, 4)
+MESH = jax.make_mesh((4,), ("i",), (jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:4])
+SINCE_0_11 = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
+
+
+@jax.custom_jvp
+def with_jvp(x):
+    return x
+
+
+with_jvp.defjvp(lambda p, t: (p[0], t[0]))
+
+
+@jax.custom_vjp
+def with_vjp(x):
+    return x
+
+
+with_vjp.defvjp(lambda x: (x, None), lambda _, ct: (ct,))
+divide = lambda mv, b: b / 2
+psum = lambda x: lax.psum(x, "i")
+
+HOLDERS = {
+    "jit": (lambda x: jax.jit(jnp.sin)(x), {"jaxpr", "in_shardings", "in_layouts", "donated_invars", "name"}, ["jaxpr"]),
+    "scan": (
+        lambda x: lax.scan(lambda c, y: (c * y + x.sum(), c), 0.0, x),
+        {"jaxpr", "length", "reverse", "unroll"} | ({"ft_in", "ft_out"} if SINCE_0_11 else {"num_consts", "num_carry"}),
+        ["jaxpr"],
+    ),
+    "while": (
+        lambda x: lax.while_loop(lambda c: c.sum() < x.sum(), lambda c: c + x, x),
+        {"cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"},
+        ["cond_jaxpr", "body_jaxpr"],
+    ),
+    "cond": (lambda x: lax.cond(x[0] > 0, jnp.sin, jnp.cos, x), {"branches"}, ["branches[0]", "branches[1]"]),
+    "remat2": (lambda x: jax.checkpoint(jnp.sin)(x), {"jaxpr", "prevent_cse", "policy"}, ["jaxpr"]),
+    "custom_jvp_call": (with_jvp, {"call_jaxpr", "jvp_jaxpr_fun", "num_consts"}, ["call_jaxpr"]),
+    "custom_vjp_call": (with_vjp, {"call_jaxpr", "fwd_jaxpr_thunk", "bwd", "num_consts", "out_trees"}, ["call_jaxpr"]),
+    "custom_linear_solve": (
+        lambda x: lax.custom_linear_solve(lambda v: v * 2, x, divide, divide),
+        {"jaxprs", "const_lengths"},
+        ["jaxprs[matvec]", "jaxprs[vecmat]", "jaxprs[solve]", "jaxprs[transpose_solve]"],
+    ),
+    "shard_map": (
+        lambda x: jax.shard_map(psum, mesh=MESH, in_specs=P("i"), out_specs=P())(x),
+        {"jaxpr", "mesh", "in_specs", "out_specs"},
+        ["jaxpr"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_layout_of_an_equation_with_sub_graphs(name):
+    f, params, labels = HOLDERS[name]
+    eqn = next(e for e in jax.make_jaxpr(f)(X).jaxpr.eqns if e.primitive.name == name)
+    assert params <= set(eqn.params)
+    assert [b.label for b in _jax.bodies(eqn)] == labels
+    assert all(len(b.jaxpr.consts) == len(b.jaxpr.jaxpr.constvars) for b in _jax.bodies(eqn))
+
+
+@pytest.mark.parametrize("name", set(HOLDERS) - _jax.FUNCTIONAL)
+def test_rebinding_with_the_same_sub_graphs_is_the_same_equation(name):
+    f, _, _ = HOLDERS[name]
+    eqn = next(e for e in jax.make_jaxpr(f)(X).jaxpr.eqns if e.primitive.name == name)
+
+    def again(*values):
+        return _jax.rebind(eqn.primitive, eqn.params, values, [b.jaxpr for b in _jax.bodies(eqn)])
+
+    (new,) = jax.make_jaxpr(again)(*(jnp.ones(v.aval.shape, v.aval.dtype) for v in eqn.invars)).jaxpr.eqns
+    assert new.primitive is eqn.primitive
+    assert [v.aval for v in new.outvars] == [v.aval for v in eqn.outvars]
+    assert {k: str(v) for k, v in new.params.items()} == {k: str(v) for k, v in eqn.params.items()}
+
+
+@pytest.mark.parametrize("name", ["custom_jvp_call", "custom_vjp_call", "shard_map"])
+def test_binding_an_equation_with_functions(name):
+    f, _, _ = HOLDERS[name]
+    eqn = next(e for e in jax.make_jaxpr(f)(X).jaxpr.eqns if e.primitive.name == name)
+    np.testing.assert_array_equal(_jax.bind(eqn.primitive, eqn.params, [X])[0], f(X))
+
+
+def test_staging_gives_a_closed_jaxpr_with_constants():
+    table = np.arange(4.0, dtype=np.float32)
+    names = jax.make_jaxpr(lambda x: x)(X).jaxpr.debug_info._replace(result_paths=None)
+    closed = _jax.stage_flat(lambda x: [jnp.sin(x) * table], [jax.typeof(X)], names)
+    assert isinstance(closed, _jax.ClosedJaxpr)
+    assert len(closed.jaxpr.invars) == 1
+    np.testing.assert_array_equal(_jax.jaxpr_as_fun(closed)(X)[0], jnp.sin(X) * table)
+    _jax.check_jaxpr(closed)
+
+
+def test_leading_inputs_become_constants():
+    closed = jax.make_jaxpr(lambda a, b: a - b)(X, X)
+    fixed = _jax.with_leading(closed, [2 * X])
+    assert len(fixed.jaxpr.invars) == 1
+    np.testing.assert_array_equal(_jax.jaxpr_as_fun(fixed)(X)[0], X)
+    np.testing.assert_array_equal(_jax.jaxpr_as_fun(_jax.with_leading(fixed, [X]))()[0], X)
+
+
+def test_the_trace_protocol():
+    assert issubclass(_jax.Trace, object)
+    with _jax.take_current_trace() as current, _jax.set_current_trace(current):
+        assert hasattr(current, "process_primitive")
+        assert hasattr(current, "requires_low")
+        assert hasattr(current, "process_shard_map")
+    assert float(jnp.sin(1.0)) == pytest.approx(np.sin(1.0))
+
+
+def test_source_lines_and_scopes():
+    with jax.named_scope("outer"):
+        jaxpr = jax.make_jaxpr(lambda x: jax.named_scope("inner")(jnp.cos)(x))(X)
+    (eqn,) = jaxpr.jaxpr.eqns
+    ((file, line, function),) = _jax.source_lines(eqn)
+    assert file == __file__
+    assert "lambda" in function
+    assert line > 0
+    assert _jax.scope_of(eqn) == "inner"
+
+
+def test_the_context_of_a_trace_is_a_value():
+    before = _jax.trace_context()
+    assert before == _jax.trace_context()
+    with jax.numpy_dtype_promotion("standard"):
+        assert hash(_jax.trace_context()) != hash(before)
+
+
+def test_weak_types_are_cast():
+    weak = jax.typeof(1.0)
+    assert _jax.cast(jnp.float32(1), weak).weak_type
+    assert not _jax.cast(1.0, jax.typeof(jnp.float32(1))).weak_type
