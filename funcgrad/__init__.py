@@ -7,11 +7,80 @@ _here = _pathlib.Path(__file__).parent
 if not (_here / "transforms").exists() and (_here.parent / "transforms" / "__init__.py").exists():
     __path__.append(str(_here.parent))
 
-from .transforms import *  # noqa: E402, F403
-from .transforms import __all__ as _engine  # noqa: E402
-from .transforms._jax import hide as _hide  # noqa: E402
+from .transforms._jax import hide as _hide  # isort: skip
 
 _hide(str(_here))
 
+from . import nn
+from .feeding import prefetch
+from .training import step, train
+from .transforms import (
+    ArgumentError,
+    DataError,
+    DuplicateRule,
+    FuncgradError,
+    Graph,
+    GraphError,
+    MissingExtra,
+    MissingRule,
+    NotFiniteError,
+    NotScalarError,
+    OptionError,
+    RetraceError,
+    Rules,
+    differentiable,
+    grad,
+    hessian,
+    interpret,
+    jacfwd,
+    jacrev,
+    jit,
+    jvp,
+    linearize,
+    live,
+    rewrite,
+    trace,
+    value_and_grad,
+    verify,
+    vjp,
+    vmap,
+    walk,
+)
+
 __version__ = "0.1.0"
-__all__ = [*_engine]
+__all__ = [
+    "ArgumentError",
+    "DataError",
+    "DuplicateRule",
+    "FuncgradError",
+    "Graph",
+    "GraphError",
+    "MissingExtra",
+    "MissingRule",
+    "NotFiniteError",
+    "NotScalarError",
+    "OptionError",
+    "RetraceError",
+    "Rules",
+    "differentiable",
+    "grad",
+    "hessian",
+    "interpret",
+    "jacfwd",
+    "jacrev",
+    "jit",
+    "jvp",
+    "linearize",
+    "live",
+    "nn",
+    "prefetch",
+    "rewrite",
+    "step",
+    "trace",
+    "train",
+    "value_and_grad",
+    "verify",
+    "vjp",
+    "vmap",
+    "walk",
+]

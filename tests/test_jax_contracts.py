@@ -140,3 +140,30 @@ def test_weak_types_are_cast():
     weak = jax.typeof(1.0)
     assert _jax.cast(jnp.float32(1), weak).weak_type
     assert not _jax.cast(1.0, jax.typeof(jnp.float32(1))).weak_type
+
+
+def test_the_dispatch_of_a_jitted_function():
+    jitted = jax.jit(lambda x, n: x * n, static_argnums=1)
+    dispatch = _jax.dispatch_of(jitted)
+    assert dispatch.name == "<lambda>"
+    assert dispatch.static_argnums == [1]
+    missed = []
+
+    def miss(*args, **kwargs):
+        missed.append(args)
+        return dispatch.miss(*args, **kwargs)
+
+    watched = _jax.with_miss(jitted, miss)
+    assert isinstance(watched, type(jitted))
+    assert [float(watched(1.0, 3)) for _ in range(3)] == [3, 3, 3]
+    assert missed == [(1.0, 3)]
+    assert float(watched(1.0, 4)) == 4
+    assert len(missed) == 2
+    assert _jax.cache_size(watched) == 2
+
+
+def test_the_names_of_the_context():
+    assert "strict" in _jax.named_context(_jax.trace_context()).values()
+    assert not _jax.is_tracing()
+    assert jax.jit(lambda x: x * (2 if _jax.is_tracing() else 1))(1) == 2
+    assert _jax.type_of(1.0).weak_type

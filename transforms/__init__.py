@@ -5,6 +5,7 @@ from . import _jax
 _jax.hide(__path__[0])
 
 from .batching import vmap  # noqa: E402
+from .compilation import jit  # noqa: E402
 from .errors import (  # noqa: E402
     ArgumentError,
     DataError,
@@ -44,6 +45,7 @@ __all__ = [
     "interpret",
     "jacfwd",
     "jacrev",
+    "jit",
     "jvp",
     "linearize",
     "live",

@@ -24,6 +24,7 @@ from jax._src.traceback_util import api_boundary
 __all__ = [
     "Body",
     "ClosedJaxpr",
+    "Dispatch",
     "Jaxpr",
     "JaxprEqn",
     "Literal",
@@ -33,16 +34,20 @@ __all__ = [
     "api_boundary",
     "bind",
     "bodies",
+    "cache_size",
     "cast",
     "check_jaxpr",
     "checkpoint_name_p",
     "close",
     "context_of",
     "current_source",
+    "dispatch_of",
     "dropped",
     "hide",
+    "is_tracing",
     "jaxpr_as_fun",
     "last_used",
+    "named_context",
     "names_of",
     "rebind",
     "scope_of",
@@ -54,8 +59,10 @@ __all__ = [
     "take_current_trace",
     "trace_context",
     "transformed",
+    "type_of",
     "unresolved",
     "with_leading",
+    "with_miss",
 ]
 
 # Not from jax.extend, whose import costs 17 ms on JAX 0.10.
@@ -329,3 +336,50 @@ def _linear_solve(params: dict, values: list, opened: list[_Opened]) -> tuple[di
 
 
 _LAYOUTS = {"jit": _jit, "scan": _scan, "while": _while, "cond": _cond, "custom_linear_solve": _linear_solve}
+
+
+# ------------------------------------------------------------------------------------------------ dispatch of compiled functions
+
+
+class Dispatch(NamedTuple):
+    """How a jitted function dispatches: its name, what runs where its C++ cache has no entry, its static arguments."""
+
+    name: str
+    miss: Callable
+    static_argnums: list[int]
+    static_argnames: list[str]
+
+
+def dispatch_of(jitted: Any) -> Dispatch:
+    """What stands behind the C++ cache of a jitted function."""
+    state = jitted.__getstate__()
+    return Dispatch(state["function_name"], state["cache_miss"], state["static_argnums"], state["static_argnames"])
+
+
+def with_miss(jitted: Any, miss: Callable) -> Any:
+    """The same jitted function, C++ cache shared, that calls `miss(*args, **kwargs)` where the cache has no entry."""
+    copy = type(jitted).__new__(type(jitted))
+    copy.__setstate__({**jitted.__getstate__(), "cache_miss": miss})
+    copy.__dict__.update(jitted.__dict__)
+    return copy
+
+
+def cache_size(jitted: Any) -> int | None:
+    """How many entries the C++ cache has; one is made for a call before Python is asked."""
+    return jitted and jitted._cache_size()
+
+
+def type_of(x: Any) -> Any:
+    """The type of an argument, as `jax.jit` sees it."""
+    return core.shaped_abstractify(x)
+
+
+def is_tracing() -> bool:
+    """Whether some transformation is running: what is called now becomes a part of it."""
+    return not core.trace_state_clean()
+
+
+def named_context(context: tuple) -> dict[str, str]:
+    """A `trace_context` as text: option -> value."""
+    values = (dict(value.axis_sizes) if isinstance(value, core.AxisEnv) else value for value in context)
+    return dict(zip(config.trace_context_names(), map(str, values), strict=True))

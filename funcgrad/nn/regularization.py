@@ -1,0 +1,38 @@
+"""Dropout."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ..transforms.errors import ArgumentError, OptionError
+from .layer import Layer
+
+
+def dropout(rate: float) -> Layer:
+    """In training, each element is 0 with probability `rate`, else x / (1 − rate); in evaluation, x as it is.
+
+    Raises:
+      OptionError: `rate` is not in [0, 1).
+      ArgumentError: from `apply` with train=True and no key, and so from `layer(params, x)`.
+
+    Source: Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html.
+
+    >>> y, _ = dropout(0.5).apply({}, {}, jnp.ones(4), key=jax.random.key(0), train=True)
+    >>> set(y.tolist()) <= {0.0, 2.0}
+    True
+    """
+    if not 0 <= rate < 1:
+        raise OptionError(f"dropout needs a rate from 0 to below 1, and got {rate}.")
+
+    def apply(params, state, x, *, key=None, train):
+        if not train:
+            return x, {}
+        if key is None:
+            raise ArgumentError(
+                "dropout needs a key in training, and layer(params, x) gives it none.",
+                hint="layer.apply(params, state, x, key=key, train=True), or train=False to leave x as it is",
+            )
+        return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0), {}
+
+    return Layer(lambda key, x: ({}, {}), apply, "dropout")

@@ -1,0 +1,113 @@
+"""Every transform on every program of the corpus, as a function and as a Graph: JAX's own programs and values."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from checks import (
+    TRANSFORMS,
+    assert_same_graph,
+    assert_same_program,
+    assert_same_values,
+    check_eager,
+    check_transform,
+    identity_live,
+    identity_rewrite,
+    options,
+    summed,
+)
+from corpus import CORPUS, REVERSE
+
+import funcgrad as fg
+
+FORMS = ("function", "graph")
+# Each operation that is run eagerly is a program that XLA compiles and keeps (0.7 MB): few of these in every run.
+EAGERLY = ("call", "grad", "vmap", "jvp")
+QUICK = (
+    "python_scalars",
+    "weak_types",
+    "custom_nodes",
+    "key_arrays",
+    "scan",
+    "cond",
+    "custom_jvp_symbolic_zeros",
+    "custom_vjp_in_loops",
+    "checkpoint",
+    "references",
+    "jit_shared",
+    "shard_map_loops",
+)
+EAGER = [
+    pytest.param(p, t, id=f"{p}-{t}", marks=[] if p.name in QUICK else pytest.mark.slow)
+    for p in CORPUS
+    for t in TRANSFORMS
+    if t.name in EAGERLY and t.name not in p.lacks
+]
+LOOPS = [p for p in CORPUS if p.lacks == REVERSE]  # while loops, which JAX cannot reverse and funcgrad can
+DIFFERENTIABLE = [p for p in CORPUS if "grad" not in p.lacks]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("p", CORPUS, ids=str)
+def test_same_program(p, transform, form):
+    if p in LOOPS and transform.name in REVERSE:
+        pytest.skip("JAX has no program to compare with")
+    check_transform(fg, transform, p, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("p", "transform"), EAGER)
+def test_same_values_eagerly(p, transform, form):
+    check_eager(fg, transform, p, form)
+
+
+@pytest.mark.xfail(reason="the rule for while is to come", strict=True)
+@pytest.mark.parametrize("p", LOOPS, ids=str)
+def test_loops_are_reversed(p):
+    """Reverse mode through while loops agrees with JAX's own forward mode."""
+    got = fg.grad(summed(p.f), **options(p))(*p.args)
+    want = jax.jacfwd(summed(p.f), argnums=p.diff)(*p.args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("p", CORPUS, ids=str)
+def test_trace(p):
+    graph = fg.verify(fg.trace(p.f, *p.args))
+    assert graph.out_tree == jax.tree.structure(jax.eval_shape(p.f, *p.args))
+    assert str(graph)
+    assert_same_graph(fg.trace(graph, *p.args), graph)
+
+
+@pytest.mark.parametrize("p", CORPUS, ids=str)
+def test_identity_rewrite(p):
+    graph = fg.trace(p.f, *p.args)
+    again = fg.verify(identity_rewrite(graph))
+    assert_same_graph(again, graph)
+    assert_same_program(again, p.f, p.args)
+
+
+@pytest.mark.parametrize("p", DIFFERENTIABLE, ids=str)
+def test_identity_rewrite_differentiated(p):
+    graph = identity_rewrite(fg.trace(summed(p.f), *p.args))
+    assert_same_program(jax.grad(graph, **options(p)), jax.grad(summed(p.f), **options(p)), p.args, is_graph=True)
+
+
+@pytest.mark.parametrize("p", CORPUS, ids=str)
+def test_identity_live(p):
+    assert_same_program(identity_live(p.f), p.f, p.args)
+    if p.name in QUICK:
+        assert_same_values(identity_live(p.f)(*p.args), p.f(*p.args))
+
+
+@pytest.mark.parametrize("p", DIFFERENTIABLE, ids=str)
+def test_identity_live_differentiated(p):
+    assert_same_program(jax.grad(identity_live(summed(p.f)), **options(p)), jax.grad(summed(p.f), **options(p)), p.args)
+
+
+@pytest.mark.parametrize("p", DIFFERENTIABLE, ids=str)
+def test_live_outside_of_grad(p):
+    """The order may be turned: the gradient itself is run live."""
+    gradient = jax.grad(summed(p.f), **options(p))
+    assert_same_program(identity_live(gradient), gradient, p.args)

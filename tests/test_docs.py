@@ -1,0 +1,39 @@
+"""Every example in a docstring and in the README runs and prints what it says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+from pathlib import Path
+
+import funcgrad
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def modules() -> list[str]:
+    """All modules of the package, the engine under its installed name; not the folders that a checkout has beside it."""
+    found = ["funcgrad"]
+    paths = [p for p in funcgrad.__path__ if Path(p).name == "funcgrad"]
+    for info in pkgutil.walk_packages(paths, "funcgrad."):
+        found.append(info.name)
+    engine = importlib.import_module("funcgrad.transforms")
+    found += [info.name for info in pkgutil.walk_packages(engine.__path__, "funcgrad.transforms.")]
+    return sorted({name for name in found if not name.endswith("__main__")})
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("name", modules())
+def test_docstrings(name):
+    failed, _ = doctest.testmod(importlib.import_module(name), optionflags=FLAGS)
+    assert not failed
+
+
+@pytest.mark.standard_promotion
+def test_readme():
+    failed, attempted = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=FLAGS)
+    assert attempted > 10
+    assert not failed

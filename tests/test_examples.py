@@ -1,0 +1,61 @@
+"""The examples, run as a user runs them. The default tier trains them for a few steps; `slow` runs them whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+pytestmark = pytest.mark.standard_promotion
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_digits_learns_in_a_few_steps(tmp_path, capsys, monkeypatch):
+    digits = load("digits")
+    monkeypatch.setattr(digits, "STEPS", 60)
+    accuracy = digits.main(str(tmp_path / "digits.png"))
+    lines = capsys.readouterr().out.splitlines()
+    assert accuracy > 0.8
+    assert lines[-1] == f"accuracy {accuracy:.4f}"
+    assert lines[0].startswith("<lambda>(params['batch_norm_0']['bias']: f32[32]")
+    assert "    conv_0:" in lines
+    assert any(re.fullmatch(r"[\d,]+ parameters", line) for line in lines)
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_charlm_learns_in_a_few_steps(tmp_path, capsys, monkeypatch):
+    charlm = load("charlm")
+    for option, value in {"STEPS": 30, "CONTEXT": 16, "BATCH": 8, "FEATURES": 32, "LAYERS": 1}.items():
+        monkeypatch.setattr(charlm, option, value)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    assert charlm.main(str(text)) < 3.2
+    assert "nats per character" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "seconds"), [("digits", 60), ("charlm", 180)])
+def test_whole(name, seconds, tmp_path):
+    start = time.perf_counter()
+    out = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")], cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout
+    assert time.perf_counter() - start < seconds
+    last = out.splitlines()[-1]
+    if name == "digits":
+        assert re.fullmatch(r"accuracy 0\.\d{4}", last)
+        assert float(last.split()[1]) >= 0.98
+    else:
+        assert float(re.search(r"([\d.]+) in training", last)[1]) < 2.0
