@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -228,6 +229,15 @@ def identity_rewrite(graph: fg.Graph) -> fg.Graph:
 def identity_live(f: Callable) -> Callable:
     """A function run live under a rule that changes nothing."""
     return fg.live(f, identity())
+
+
+def _run_live(verb: str) -> Callable:
+    transform = getattr(jax, verb)
+    return lambda f=None, *args, **kwargs: transform(identity_live(f), *args, **kwargs) if f else transform(**kwargs)
+
+
+VERBS = ("grad", "value_and_grad", "vjp", "jvp", "linearize", "jacfwd", "jacrev", "hessian", "vmap", "jit")
+LIVE = SimpleNamespace(**{verb: _run_live(verb) for verb in VERBS})  # JAX's transforms of functions that run live
 
 
 # Wrappers that give a program the outputs which a transform needs

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import (
+    LIVE,
     TRANSFORMS,
     assert_same_graph,
     assert_same_program,
@@ -14,6 +16,7 @@ from checks import (
     check_transform,
     identity_live,
     identity_rewrite,
+    opcode_counts,
     options,
     summed,
 )
@@ -106,8 +109,77 @@ def test_identity_live_differentiated(p):
     assert_same_program(jax.grad(identity_live(summed(p.f)), **options(p)), jax.grad(summed(p.f), **options(p)), p.args)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+@pytest.mark.parametrize("p", CORPUS, ids=str)
+def test_identity_live_transformed(p, transform):
+    check_transform(LIVE, transform, p)
+
+
 @pytest.mark.parametrize("p", DIFFERENTIABLE, ids=str)
 def test_live_outside_of_grad(p):
     """The order may be turned: the gradient itself is run live."""
     gradient = jax.grad(summed(p.f), **options(p))
     assert_same_program(identity_live(gradient), gradient, p.args)
+
+
+# ------------------------------------------------------------------------------------------------ the checks themselves
+
+X = jnp.arange(1.0, 4.0)
+CONSTANT = np.arange(3, dtype=np.float32)
+
+
+def scoped(x):
+    with jax.named_scope("scope"):
+        return jnp.sin(x)
+
+
+@pytest.mark.parametrize(
+    ("got", "want"),
+    [(1.0, 1), (X, np.asarray(X)), (X, X.at[0].add(1e-6)), (jnp.asarray(1.0), jnp.float32(1)), ((X,), [X]), ("a", "b")],
+)
+def test_values_differ(got, want):
+    assert_same_values(got, got)
+    with pytest.raises(AssertionError):
+        assert_same_values(got, want)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        jnp.cos,
+        lambda x: -jnp.sin(-x),
+        lambda x: jnp.sin(x) * jnp.float32(1 + 1e-6),
+        lambda x: (jnp.sin(x),),
+        lambda x: jnp.sin(x).astype(jnp.bfloat16),
+    ],
+)
+def test_programs_differ(f):
+    assert_same_program(jnp.sin, lambda x: jnp.sin(x), (X,))
+    with pytest.raises(AssertionError):
+        assert_same_program(f, jnp.sin, (X,))
+
+
+@pytest.mark.parametrize(
+    ("f", "g"),
+    [
+        (jnp.sin, scoped),
+        (lambda x: x * 2, lambda x: x * 3),
+        (lambda x: x + CONSTANT, lambda x: x + (CONSTANT + 1)),
+        (lambda x: jax.jit(jnp.sin)(x), lambda x: jax.jit(jnp.cos)(x)),
+        (
+            lambda x: jnp.sin(x),  # of the same text, on another line
+            lambda x: jnp.sin(x),
+        ),
+    ],
+)
+def test_graphs_differ(f, g):
+    assert_same_graph(fg.trace(f, X), fg.trace(f, X))
+    with pytest.raises(AssertionError):
+        assert_same_graph(fg.trace(f, X), fg.trace(g, X))
+
+
+def test_opcodes_are_counted():
+    lowered = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y) + jnp.sin(2 * y), x)).lower(X)
+    assert opcode_counts(lowered)["stablehlo.sine"] == 2
+    assert opcode_counts(lowered.compile())["while"] == 1

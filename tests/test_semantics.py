@@ -19,22 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same_error, assert_same_values, identity_live
+from checks import LIVE, assert_same_error, assert_same_values
 from jax import lax
 
 import funcgrad as fg
 
-VERBS = ("grad", "value_and_grad", "vjp", "jvp", "linearize", "jacfwd", "jacrev", "hessian", "vmap", "jit")
-
-
-def run_live(verb):
-    transform = getattr(jax, verb)
-    return lambda f=None, *args, **kwargs: transform(identity_live(f), *args, **kwargs) if f else transform(**kwargs)
-
-
 # `live` gives another function, so these rows, on how JAX tells functions apart, are not for it.
 NOT_LIVE = {"unhashable_callables", "jit_compares_functions_by_identity"}
-LIVE = SimpleNamespace(**{verb: run_live(verb) for verb in VERBS})
 ROWS = {}
 SLOW = {"caught_leaks"}  # JAX searches all objects alive for who holds the tracer
 

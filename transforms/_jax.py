@@ -229,6 +229,7 @@ _BODIES = {
     "remat2": ("jaxpr",),
     "closed_call": ("call_jaxpr",),
     "core_call": ("call_jaxpr",),
+    "eval_jaxpr": ("call_jaxpr", "jaxpr"),  # the same since JAX 0.11, where it was `jaxpr` before
     "custom_linear_solve": ("jaxprs",),
     "custom_jvp_call": ("call_jaxpr",),
     "custom_vjp_call": ("call_jaxpr",),
@@ -244,7 +245,9 @@ def bodies(eqn: Any) -> list[Body]:
     """The sub-graphs of an equation, in a fixed order; empty for a plain operation."""
     found = []
     for key in _BODIES.get(eqn.primitive.name, ()):
-        value = eqn.params[key]
+        value = eqn.params.get(key)
+        if value is None:
+            continue
         if isinstance(value, tuple):  # branches; custom_linear_solve leaves out what was not given
             labels = getattr(value, "_fields", range(len(value)))
             found += [Body(f"{key}[{k}]", close(j)) for k, j in zip(labels, value, strict=True) if j is not None]

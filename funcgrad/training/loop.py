@@ -81,7 +81,7 @@ def train(
       ArgumentError: the step changes the tree, shapes or dtypes of the state, or does not return (state, metrics).
       OptionError: `steps`, `chunk` or `hooks` make no sense.
       Whatever ends the training, be it raised by `batches` or a KeyboardInterrupt, carries the `.state` after the steps
-      before it and the `.log`. A NotFiniteError comes up to 64 steps or two chunks late: its `.state` is the latest.
+      before it and the `.log`. A NotFiniteError comes up to 40 steps or two chunks late; its `.state` is the latest.
 
     >>> step = lambda w, x: (0.9 * w + 0.1 * x, {"loss": (w - x) ** 2})
     >>> state, log = train(step, jnp.zeros(()), [jnp.ones(())] * 100, steps=50)

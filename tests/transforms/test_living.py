@@ -10,7 +10,9 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from funcgrad.transforms import _jax
 from jax import lax
+from jax.extend.core.primitives import closed_call_p
 from jax.sharding import PartitionSpec as P
 
 X = jnp.linspace(0.1, 1.0, 4)
@@ -42,6 +44,11 @@ def holders(sin):
         body = lambda y: lax.psum(sin(y), "i") * sin(y)
         return jax.shard_map(body, mesh=MESH, in_specs=P("i"), out_specs=P("i"))(x)
 
+    def call(x):
+        converted, closed_over = jax.closure_convert(sin, x)
+        jaxpr = jax.make_jaxpr(converted)(x, *closed_over)
+        return _jax.bind(closed_call_p, {"call_jaxpr": jaxpr}, [x, *closed_over])[0]
+
     def nested(x):
         leaf = lambda z: lax.cond(z[0] > 0, with_vjp, lambda q: -q, z)
         return jax.jit(lambda y: lax.scan(lambda c, _: (jax.checkpoint(leaf)(c), None), y, None, length=2)[0])(x)
@@ -59,6 +66,7 @@ def holders(sin):
         "custom_jvp": with_jvp,
         "custom_linear_solve": solve,
         "shard_map": shards,
+        "closed_call": call,
         "nested": nested,
     }
 
