@@ -45,9 +45,8 @@ def holders(sin):
         return jax.shard_map(body, mesh=MESH, in_specs=P("i"), out_specs=P("i"))(x)
 
     def call(x):
-        converted, closed_over = jax.closure_convert(sin, x)
-        jaxpr = jax.make_jaxpr(converted)(x, *closed_over)
-        return _jax.bind(closed_call_p, {"call_jaxpr": jaxpr}, [x, *closed_over])[0]
+        jaxpr, closed_over = _jax._open(jax.make_jaxpr(sin)(x))
+        return _jax.bind(closed_call_p, {"call_jaxpr": jaxpr}, [*closed_over, x])[0]
 
     def nested(x):
         leaf = lambda z: lax.cond(z[0] > 0, with_vjp, lambda q: -q, z)
