@@ -86,7 +86,9 @@ def main(path: str | None = None) -> float:
         return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
     params, _ = model.init(jax.random.key(0), jnp.zeros((1, CONTEXT), jnp.int32))
-    print(f"{len(text):,} characters of {len(alphabet)} kinds; {sum(p.size for p in jax.tree.leaves(params)):,} parameters")
+    print(
+        f"{len(text):,} characters of {len(alphabet)} kinds; {sum(p.size for p in jax.tree.leaves(params)):,} parameters"
+    )
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, STEPS // 10, STEPS, 1e-4)
     update = fg.step(loss, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01)))
@@ -95,9 +97,13 @@ def main(path: str | None = None) -> float:
     print(log)
 
     windows = next(batches(held_out, seed=1))
-    print(f"\n{''.join(alphabet[k] for k in fg.jit(write, static_argnums=(0, 3))(model, state.params, jax.random.key(2), 400))}\n")
+    print(
+        f"\n{''.join(alphabet[k] for k in fg.jit(write, static_argnums=(0, 3))(model, state.params, jax.random.key(2), 400))}\n"
+    )
     final = float(np.mean(log.metrics["loss"][-50:]))
-    print(f"nats per character: {final:.3f} in training, {float(fg.jit(loss)(state.params, windows)):.3f} on held-out text")
+    print(
+        f"nats per character: {final:.3f} in training, {float(fg.jit(loss)(state.params, windows)):.3f} on held-out text"
+    )
     return final
 
 

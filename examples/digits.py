@@ -41,7 +41,9 @@ def load(seed: int = 0):
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise fg.MissingExtra("this example reads scikit-learn's digits.", hint="pip install 'funcgrad[examples]'") from None
+        raise fg.MissingExtra(
+            "this example reads scikit-learn's digits.", hint="pip install 'funcgrad[examples]'"
+        ) from None
     data = load_digits()
     images, labels = (data.images / 16).astype(np.float32)[..., None], data.target.astype(np.int32)
     order = np.random.default_rng(seed).permutation(len(images))
@@ -56,7 +58,9 @@ def batches(images, labels, seed: int = 0):
     while True:
         for rows in rng.permutation(len(images))[: len(images) // BATCH * BATCH].reshape(-1, BATCH):
             down, right = rng.integers(0, 3, (2, BATCH, 1))
-            moved = padded[rows[:, None, None], down[..., None] + np.arange(8)[:, None], right[..., None] + np.arange(8)]
+            moved = padded[
+                rows[:, None, None], down[..., None] + np.arange(8)[:, None], right[..., None] + np.arange(8)
+            ]
             yield moved, labels[rows]
 
 
@@ -91,7 +95,9 @@ def main(path: str = "digits.png") -> float:
     params, model_state = model.init(jax.random.key(0), images[:1])
 
     evaluate = fg.jit(lambda params, state, images: model.apply(params, state, images, train=False)[0])
-    graph = fg.trace(lambda params, images: model.apply(params, model_state, images, train=False)[0], params, images[:1])
+    graph = fg.trace(
+        lambda params, images: model.apply(params, model_state, images, train=False)[0], params, images[:1]
+    )
     print(graph)
     print(f"\n{sum(p.size for p in jax.tree.leaves(params)):,} parameters\n")
 

@@ -22,10 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from corpus import Program
 from funcgrad.transforms import _jax
 
 import funcgrad as fg
+
+from .corpus import Program
 
 LIBRARIES = tuple(os.path.join(os.path.dirname(p), "") for p in (jax.__file__, _jax.__file__))
 STEPS = 3  # the size of a batch

@@ -53,7 +53,9 @@ def test_files_are_small(path):
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT.parent).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT.parent
+    ).stdout
 
 
 def test_importing_leaves_no_top_level_transforms():

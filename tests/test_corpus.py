@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import (
+
+import funcgrad as fg
+
+from .checks import (
     LIVE,
     TRANSFORMS,
     assert_same_graph,
@@ -20,9 +23,7 @@ from checks import (
     options,
     summed,
 )
-from corpus import CORPUS, REVERSE
-
-import funcgrad as fg
+from .corpus import CORPUS, REVERSE
 
 FORMS = ("function", "graph")
 # Each operation that is run eagerly is a program that XLA compiles and keeps (0.7 MB): few of these in every run.

@@ -7,8 +7,9 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-import funcgrad
 import pytest
+
+import funcgrad
 
 ROOT = Path(__file__).parent.parent
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import equinox as eqx
 import flax.linen as linen
-import funcgrad as fg
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,8 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
+
+import funcgrad as fg
 
 pytestmark = pytest.mark.standard_promotion
 X = jnp.linspace(-1, 1, 24).reshape(4, 6)
@@ -27,7 +28,11 @@ class Linen(linen.Module):
 
 class Nnx(nnx.Module):
     def __init__(self, rngs):
-        self.first, self.norm, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.first, self.norm, self.last = (
+            nnx.Linear(6, 8, rngs=rngs),
+            nnx.LayerNorm(8, rngs=rngs),
+            nnx.Linear(8, 3, rngs=rngs),
+        )
 
     def __call__(self, x):
         return self.last(nnx.tanh(self.norm(self.first(x))))
@@ -66,7 +71,7 @@ def assert_equal(got, want):
 def test_traced_rewritten_differentiated_batched(model):
     params, loss = model
     graph = fg.verify(fg.trace(loss, params, (X, Y)))
-    assert any("tanh" == eqn.primitive.name for _, eqn in fg.walk(graph))
+    assert any(eqn.primitive.name == "tanh" for _, eqn in fg.walk(graph))
     assert_equal(jax.jit(graph)(params, (X, Y)), jax.jit(loss)(params, (X, Y)))
     assert_equal(jax.jit(fg.grad(loss))(params, (X, Y)), jax.jit(jax.grad(loss))(params, (X, Y)))
     assert_equal(jax.jit(fg.grad(graph))(params, (X, Y)), jax.jit(jax.grad(loss))(params, (X, Y)))

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import LIVE, assert_same_error, assert_same_values
 from jax import lax
 
 import funcgrad as fg
+
+from .checks import LIVE, assert_same_error, assert_same_values
 
 # `live` gives another function, so these rows, on how JAX tells functions apart, are not for it.
 NOT_LIVE = {"unhashable_callables", "jit_compares_functions_by_identity"}
@@ -55,7 +56,7 @@ def outcome(program, m):
 
 
 def error_of(f, *args, **kwargs):
-    """The names of what a call raises, bases included up to JAX's and Python's own; for rows with several calls."""
+    """The type of what a call raises, of funcgrad's errors the built-in one; for rows with several calls."""
     try:
         return f"returned {f(*args, **kwargs)!r}"
     except Exception as e:

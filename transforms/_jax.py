@@ -318,7 +318,9 @@ def _cond(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list
     branches = []
     for k, (j, own) in enumerate(opened):
         invars = [v for i, others in enumerate(consts) for v in (j.jaxpr.invars[: len(own)] if i == k else others)]
-        replaced = j.jaxpr.replace(invars=[*invars, *j.jaxpr.invars[len(own) :]], debug_info=j.jaxpr.debug_info.with_unknown_names())
+        replaced = j.jaxpr.replace(
+            invars=[*invars, *j.jaxpr.invars[len(own) :]], debug_info=j.jaxpr.debug_info.with_unknown_names()
+        )
         branches.append(close(replaced) if any(consts) else j)
     index, *operands = values
     return {**params, "branches": tuple(branches)}, [index, *(c for _, own in opened for c in own), *operands]

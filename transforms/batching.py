@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from jax.tree_util import tree_unflatten
 
-from . import _jax
 from .errors import OptionError
 from .graph import Graph, trace
 
@@ -30,14 +29,22 @@ def vmap(fun=None, in_axes: Any = 0, out_axes: Any = 0, axis_name=None, axis_siz
     >>> vmap(lambda w, x: w @ x, (None, 0))(jax.numpy.ones((2, 3)), jax.numpy.ones((5, 3))).shape
     (5, 2)
     """
-    options = dict(options, in_axes=in_axes, out_axes=out_axes, axis_name=axis_name, axis_size=axis_size, spmd_axis_name=spmd_axis_name)
+    options = dict(
+        options,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        axis_name=axis_name,
+        axis_size=axis_size,
+        spmd_axis_name=spmd_axis_name,
+    )
     if fun is None:
         return functools.partial(vmap, **options)
     if not isinstance(fun, Graph):
         return jax.vmap(fun, **options)
     if axis_size is None:
         raise OptionError(
-            f"vmap of the graph {fun.name} needs the size of the batch.", hint="fg.vmap(graph, in_axes=..., axis_size=32)"
+            f"vmap of the graph {fun.name} needs the size of the batch.",
+            hint="fg.vmap(graph, in_axes=..., axis_size=32)",
         )
     batched = jax.vmap(fun.__call__, **options)
     args, kwargs = _batched_arguments(fun, in_axes, axis_size)
@@ -47,7 +54,9 @@ def vmap(fun=None, in_axes: Any = 0, out_axes: Any = 0, axis_name=None, axis_siz
 
 def _batched_arguments(graph: Graph, in_axes: Any, size: int) -> tuple[tuple, dict]:
     """The arguments of the batched graph: what the unbatched ones are, with an axis of `size` where `in_axes` says so."""
-    args, kwargs = tree_unflatten(graph.in_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in graph.in_avals])
+    args, kwargs = tree_unflatten(
+        graph.in_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in graph.in_avals]
+    )
 
     def grow(axis, leaf):
         if axis is None:
@@ -56,7 +65,9 @@ def _batched_arguments(graph: Graph, in_axes: Any, size: int) -> tuple[tuple, di
         return jax.ShapeDtypeStruct((*leaf.shape[:k], size, *leaf.shape[k:]), leaf.dtype, weak_type=leaf.weak_type)
 
     def broadcast(axes, tree):
-        return jax.tree.map(lambda axis, sub: jax.tree.map(lambda leaf: grow(axis, leaf), sub), axes, tree, is_leaf=lambda a: a is None)
+        return jax.tree.map(
+            lambda axis, sub: jax.tree.map(lambda leaf: grow(axis, leaf), sub), axes, tree, is_leaf=lambda a: a is None
+        )
 
     axes = in_axes if isinstance(in_axes, int) else tuple(in_axes)
     return broadcast(axes, args), broadcast(0, kwargs)

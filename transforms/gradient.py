@@ -14,7 +14,7 @@ import jax
 from jax.tree_util import keystr, tree_leaves, tree_leaves_with_path
 
 from . import _jax
-from .errors import ArgumentError, NotScalarError, location
+from .errors import ArgumentError, NotScalarError, OptionError, location
 from .graph import Graph
 from .living import live
 from .rules import Rule, Rules
@@ -44,7 +44,14 @@ def differentiable(f: Callable, *, rules: UserRules | None = None) -> Callable:
 
 
 def grad(
-    fun=None, argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=(), *, rules: UserRules | None = None
+    fun=None,
+    argnums=0,
+    has_aux=False,
+    holomorphic=False,
+    allow_int=False,
+    reduce_axes=(),
+    *,
+    rules: UserRules | None = None,
 ):
     """Reverse-mode gradient of a scalar function, as `jax.grad`.
 
@@ -63,19 +70,30 @@ def grad(
     >>> grad(lambda x: x**3)(2.0)
     Array(12., dtype=float32, weak_type=True)
     """
-    options = dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes)
+    options = dict(
+        argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes
+    )
     return _derive(jax.grad, fun, options, rules, scalar=True)
 
 
 def value_and_grad(
-    fun=None, argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=(), *, rules: UserRules | None = None
+    fun=None,
+    argnums=0,
+    has_aux=False,
+    holomorphic=False,
+    allow_int=False,
+    reduce_axes=(),
+    *,
+    rules: UserRules | None = None,
 ):
     """Value and gradient of a scalar function in one run, as `jax.value_and_grad`; arguments and errors as in `grad`.
 
     >>> value_and_grad(lambda x: x**3)(2.0)
     (Array(8., dtype=float32, weak_type=True), Array(12., dtype=float32, weak_type=True))
     """
-    options = dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes)
+    options = dict(
+        argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes
+    )
     return _derive(jax.value_and_grad, fun, options, rules, scalar=True)
 
 
@@ -186,7 +204,8 @@ def _wrong_arguments(verb: str, fun: Callable, args: tuple, options: dict) -> Ex
         if not isinstance(k, int):
             return None
         if not -len(args) <= k < len(args):
-            return ArgumentError(
+            refused = ArgumentError if k >= 0 else OptionError  # JAX's types: TypeError and ValueError
+            return refused(
                 f"{verb} with argnums={argnums} needs {k + 1 if k >= 0 else -k} positional arguments, "
                 f"and {_name(fun)} was called with {len(args)}.",
                 at=location(fun),

@@ -60,7 +60,10 @@ class Graph:
     @property
     def __signature__(self) -> inspect.Signature:
         return self.signature or inspect.Signature(
-            [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL), inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
+            [
+                inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+                inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+            ]
         )
 
     def __call__(self, *args, **kwargs):
@@ -102,7 +105,9 @@ class Graph:
         given = dict(zip(*_described(*_canonical(self.signature, args, kwargs), self.signature), strict=True))
         missing = [p for p in self.paths if p not in given]
         unknown = [p for p in given if p not in self.paths]
-        details = "; ".join(f"{what} {', '.join(which)}" for what, which in (("missing", missing), ("unknown", unknown)) if which)
+        details = "; ".join(
+            f"{what} {', '.join(which)}" for what, which in (("missing", missing), ("unknown", unknown)) if which
+        )
         return ArgumentError(
             f"{self.name} was traced with other arguments: {details or 'another tree structure'}.",
             inputs=", ".join(f"{p}: {_short(x)}" for p, x in given.items()) or "none",
@@ -219,7 +224,8 @@ def _without_static(f, args, kwargs, static_argnums, static_argnames):
     for value in [*static.values(), *static_kwargs.values()]:
         if not isinstance(value, Hashable):
             raise ArgumentError(
-                f"a static argument of {_name(f)} is not hashable: {type(value).__name__}.", hint="pass a tuple or a frozen dataclass"
+                f"a static argument of {_name(f)} is not hashable: {type(value).__name__}.",
+                hint="pass a tuple or a frozen dataclass",
             )
     total = len(args)
 
@@ -249,7 +255,9 @@ def _described(args, kwargs, signature) -> tuple[list[str], list[Any]]:
     if signature is not None:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         fixed = [p.name for p in signature.parameters.values() if p.kind in kinds]
-        variadic = next((p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_POSITIONAL), "args")
+        variadic = next(
+            (p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_POSITIONAL), "args"
+        )
         names = [fixed[k] if k < len(fixed) else f"{variadic}[{k - len(fixed)}]" for k in range(len(args))]
     paths, leaves = [], []
     for name, value in [*zip(names, args, strict=True), *sorted(kwargs.items())]:

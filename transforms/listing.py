@@ -13,10 +13,48 @@ from .graph import Graph
 
 _HIDDEN = {  # parameters that say nothing to a reader, or that the listing shows in another way
     *("jaxpr", "call_jaxpr", "branches", "cond_jaxpr", "body_jaxpr", "jaxprs", "const_lengths"),
-    *("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "symbolic_zeros", "num_consts", "num_carry", "ft_in", "ft_out"),
-    *("cond_nconsts", "body_nconsts", "in_shardings", "out_shardings", "in_layouts", "out_layouts", "ctx_mesh", "keep_unused"),
-    *("inline", "compiler_options_kvs", "differentiated", "sharding", "accuracy", "prevent_cse", "in_specs", "out_specs", "linear"),
-    *("mesh", "check_vma", "newly_manual_axes", "manual_axes", "out_sharding", "weak_type", "unroll", "preferred_element_type"),
+    *(
+        "jvp_jaxpr_fun",
+        "fwd_jaxpr_thunk",
+        "bwd",
+        "out_trees",
+        "symbolic_zeros",
+        "num_consts",
+        "num_carry",
+        "ft_in",
+        "ft_out",
+    ),
+    *(
+        "cond_nconsts",
+        "body_nconsts",
+        "in_shardings",
+        "out_shardings",
+        "in_layouts",
+        "out_layouts",
+        "ctx_mesh",
+        "keep_unused",
+    ),
+    *(
+        "inline",
+        "compiler_options_kvs",
+        "differentiated",
+        "sharding",
+        "accuracy",
+        "prevent_cse",
+        "in_specs",
+        "out_specs",
+        "linear",
+    ),
+    *(
+        "mesh",
+        "check_vma",
+        "newly_manual_axes",
+        "manual_axes",
+        "out_sharding",
+        "weak_type",
+        "unroll",
+        "preferred_element_type",
+    ),
 }
 _WIDTH = 56  # characters of parameters per equation
 
@@ -43,7 +81,9 @@ class _Names:
 
     def __init__(self) -> None:
         self.known: dict[Any, str] = {}
-        self.fresh = ("".join(w) for n in itertools.count(1) for w in itertools.product(string.ascii_lowercase, repeat=n))
+        self.fresh = (
+            "".join(w) for n in itertools.count(1) for w in itertools.product(string.ascii_lowercase, repeat=n)
+        )
 
     def __call__(self, atom) -> str:
         if isinstance(atom, _jax.Literal):
@@ -95,7 +135,9 @@ def _aval(aval) -> str:
 
 
 def _where(eqn) -> str:
-    return "".join(f"  # {os.path.basename(file)}:{line} ({function})" for file, line, function in _jax.source_lines(eqn))
+    return "".join(
+        f"  # {os.path.basename(file)}:{line} ({function})" for file, line, function in _jax.source_lines(eqn)
+    )
 
 
 def _split(scope: str) -> list[str]:

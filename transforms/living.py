@@ -90,7 +90,9 @@ def rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules) -> _jax.ClosedJaxpr:
     new = memo.get(context)
     if new is None:
         inputs = [*inner.constvars, *inner.invars]
-        new = _jax.stage_flat(lambda *values: _evaluate(inner, rules, values), [v.aval for v in inputs], _jax.names_of(inner))
+        new = _jax.stage_flat(
+            lambda *values: _evaluate(inner, rules, values), [v.aval for v in inputs], _jax.names_of(inner)
+        )
         if not any(isinstance(c, jax.core.Tracer) for c in new.consts):
             memo[context] = new
     return _jax.with_leading(new, jaxpr.consts)

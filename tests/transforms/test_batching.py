@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import funcgrad as fg
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+
+import funcgrad as fg
 
 PARAMS = {"w": jnp.arange(12.0).reshape(4, 3), "b": jnp.ones(4)}
 XS = jnp.arange(15.0).reshape(5, 3)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import funcgrad as fg
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+
+import funcgrad as fg
 
 PARAMS = {"dense_0": {"w": jnp.ones((3, 4)), "b": jnp.zeros(4)}}
 X = jnp.ones((2, 3))

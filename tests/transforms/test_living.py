@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 
-import funcgrad as fg
 import jax
 import jax.monitoring
 import jax.numpy as jnp
@@ -14,6 +13,8 @@ from funcgrad.transforms import _jax
 from jax import lax
 from jax.extend.core.primitives import closed_call_p
 from jax.sharding import PartitionSpec as P
+
+import funcgrad as fg
 
 X = jnp.linspace(0.1, 1.0, 4)
 SCALE = jnp.float32(1.3)
@@ -98,7 +99,9 @@ def test_a_rule_that_closes_over_a_traced_value_is_applied_at_every_depth(driver
     by_hand = lambda scale, x: holders(lambda v: lax.sin(v) * scale)[holder](x)
     try:
         want = UNDER[under](by_hand)
-    except Exception as e:  # where JAX refuses (reverse mode of while, closing over a tracer in a custom rule), so do we
+    except (
+        Exception
+    ) as e:  # where JAX refuses (reverse mode of while, closing over a tracer in a custom rule), so do we
         with pytest.raises(type(e)):
             UNDER[under](by_rule)
         return
