@@ -1,4 +1,4 @@
-"""Models of flax (linen and nnx) and equinox, and optimizers of optax, as they are: traced, rewritten, differentiated, trained."""
+"""Models of flax and equinox, and optimizers of optax, as they are: traced, rewritten, differentiated, trained."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ from . import _jax
 
 _jax.hide(__path__[0])
 
-from .batching import vmap  # noqa: E402
-from .compilation import jit  # noqa: E402
-from .errors import (  # noqa: E402
+from .batching import vmap
+from .compilation import jit
+from .errors import (
     ArgumentError,
     DataError,
     DuplicateRule,
@@ -19,11 +19,11 @@ from .errors import (  # noqa: E402
     OptionError,
     RetraceError,
 )
-from .gradient import differentiable, grad, hessian, jacfwd, jacrev, jvp, linearize, value_and_grad, vjp  # noqa: E402
-from .graph import Graph, trace, walk  # noqa: E402
-from .interpreter import interpret, rewrite, verify  # noqa: E402
-from .living import live  # noqa: E402
-from .rules import Rules  # noqa: E402
+from .gradient import differentiable, grad, hessian, jacfwd, jacrev, jvp, linearize, value_and_grad, vjp
+from .graph import Graph, trace, walk
+from .interpreter import interpret, rewrite, verify
+from .living import live
+from .rules import Rules
 
 __all__ = [
     "ArgumentError",

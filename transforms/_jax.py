@@ -11,69 +11,27 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from jax._src import api_util, config, core, source_info_util, traceback_util
 from jax._src import linear_util as lu
-from jax._src.ad_checkpoint import name_p as checkpoint_name_p
 from jax._src.interpreters import partial_eval as pe
-from jax._src.lax.lax import _convert_element_type as convert_element_type
+from jax._src.lax.lax import _convert_element_type
 from jax._src.sharding_impls import UNSPECIFIED
-from jax._src.traceback_util import api_boundary
-
-__all__ = [
-    "Body",
-    "ClosedJaxpr",
-    "Dispatch",
-    "Jaxpr",
-    "JaxprEqn",
-    "Literal",
-    "Primitive",
-    "Trace",
-    "Var",
-    "api_boundary",
-    "bind",
-    "bodies",
-    "cache_size",
-    "cast",
-    "check_jaxpr",
-    "checkpoint_name_p",
-    "close",
-    "context_of",
-    "current_source",
-    "dispatch_of",
-    "dropped",
-    "hide",
-    "is_tracing",
-    "jaxpr_as_fun",
-    "last_used",
-    "named_context",
-    "names_of",
-    "rebind",
-    "scope_of",
-    "set_current_trace",
-    "signature_of",
-    "source_lines",
-    "stage",
-    "stage_flat",
-    "take_current_trace",
-    "trace_context",
-    "transformed",
-    "type_of",
-    "unresolved",
-    "with_leading",
-    "with_miss",
-]
 
 # Not from jax.extend, whose import costs 17 ms on JAX 0.10.
 Jaxpr = core.Jaxpr
-ClosedJaxpr = getattr(core, "ClosedJaxpr", core.Jaxpr)
+if TYPE_CHECKING:
+    ClosedJaxpr: TypeAlias = Any
+else:
+    ClosedJaxpr = getattr(core, "ClosedJaxpr", core.Jaxpr)
 JaxprEqn = core.JaxprEqn
 Literal = core.Literal
 Primitive = core.Primitive
 Var = core.Var
 Trace = core.Trace
 jaxpr_as_fun = core.jaxpr_as_fun
+api_boundary = traceback_util.api_boundary
 set_current_trace = core.set_current_trace
 take_current_trace = core.take_current_trace
 signature_of = api_util.fun_signature
@@ -134,7 +92,7 @@ def stage_flat(flat: Callable, avals: Sequence[Any], names: Any) -> ClosedJaxpr:
 
 def close(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> ClosedJaxpr:
     """Attach values to the constant variables of an open jaxpr."""
-    return jaxpr if isinstance(jaxpr, ClosedJaxpr) and not consts else ClosedJaxpr(jaxpr, list(consts))
+    return jaxpr if hasattr(jaxpr, "consts") and not consts else ClosedJaxpr(jaxpr, list(consts))
 
 
 def with_leading(jaxpr: ClosedJaxpr, values: Sequence[Any]) -> ClosedJaxpr:
@@ -171,7 +129,7 @@ def check_jaxpr(jaxpr: ClosedJaxpr) -> None:
 
 def cast(value: Any, aval: Any) -> Any:
     """`value` with the weak type of `aval`; shape and dtype are right already."""
-    return convert_element_type(value, aval.dtype, aval.weak_type)
+    return _convert_element_type(value, aval.dtype, aval.weak_type)
 
 
 def dropped(var: Any) -> bool:
@@ -280,7 +238,7 @@ def _open(j: ClosedJaxpr) -> _Opened:
 def _call(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
     ((body, consts),) = opened
     key = next(k for k in ("jaxpr", "call_jaxpr") if k in params)
-    is_closed = isinstance(params[key], ClosedJaxpr)
+    is_closed = hasattr(params[key], "consts")
     return {**params, key: body if is_closed else body.jaxpr}, [*consts, *values]
 
 
@@ -296,7 +254,7 @@ def _scan(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list
     if n and "num_consts" in params:
         params["num_consts"] += n
     elif n:  # since JAX 0.11
-        from jax._src import flattree as ft
+        from jax._src import flattree as ft  # type: ignore[attr-defined]
 
         consts, carry, xs = params["ft_in"].unpack()
         params["ft_in"] = ft.pack((ft.nones(n + len(consts)), carry, xs))
@@ -363,7 +321,8 @@ def dispatch_of(jitted: Any) -> Dispatch:
 
 def with_miss(jitted: Any, miss: Callable) -> Any:
     """The same jitted function, C++ cache shared, that calls `miss(*args, **kwargs)` where the cache has no entry."""
-    copy = type(jitted).__new__(type(jitted))
+    kind: Any = type(jitted)
+    copy = kind.__new__(kind)
     copy.__setstate__({**jitted.__getstate__(), "cache_miss": miss})
     copy.__dict__.update(jitted.__dict__)
     return copy

@@ -223,4 +223,4 @@ def _listen(event: str, seconds: float, *, fun_name: str = "", **_: Any) -> None
         cost.compile_s += seconds
 
 
-jax.monitoring.register_event_duration_secs_listener(_listen)
+jax.monitoring.register_event_duration_secs_listener(_listen)  # type: ignore[arg-type]

@@ -102,7 +102,8 @@ class Graph:
         return Graph(jaxpr, self.in_tree, out_tree, self.paths, name, self.signature)
 
     def _wrong_tree(self, args, kwargs) -> ArgumentError:
-        given = dict(zip(*_described(*_canonical(self.signature, args, kwargs), self.signature), strict=True))
+        args, kwargs = _canonical(self.signature, args, kwargs)
+        given = dict(zip(*_described(args, kwargs, self.signature), strict=True))
         missing = [p for p in self.paths if p not in given]
         unknown = [p for p in given if p not in self.paths]
         details = "; ".join(

@@ -175,10 +175,8 @@ def _pool(x, window, stride, padding, reduce, pairwise, neutral):
     """`reduce` in each window; `pairwise` and `neutral` are the same reduction as lax.reduce_window has it."""
     y, neutral = _one_batch_axis(x, window), np.array(neutral, x.dtype)
     whole, stride = (1, *window, 1), (1, *stride, 1)
-    if isinstance(padding, str):
-        pads = lax.padtype_to_pads(y.shape, whole, stride, padding)
-    else:
-        pads = [(0, 0), *padding, (0, 0)]
+    named = isinstance(padding, str)
+    pads = lax.padtype_to_pads(y.shape, whole, stride, padding) if named else [(0, 0), *padding, (0, 0)]
     if whole == stride:
         rests = [(size + sum(pad)) % step for size, pad, step in zip(y.shape, pads, whole, strict=True)]
         edges = [(low, high - rest, 0) for (low, high), rest in zip(pads, rests, strict=True)]

@@ -58,7 +58,7 @@ class Layer:
         >>> stateless(lambda key, x: {}, lambda params, x: x, "same").named("input")
         Layer(name='input')
         """
-        return Layer(self.init.__wrapped__, self.apply.__wrapped__, name)
+        return Layer(self.init.__wrapped__, self.apply.__wrapped__, name)  # type: ignore[attr-defined]
 
 
 def _scoped(run: Callable, name: str) -> Callable:
@@ -196,7 +196,7 @@ def _entry(name, tree):
 
 def _counted(layers) -> dict[str, Layer]:
     layers = [_layer(layer) for layer in layers]
-    total, seen = Counter(layer.name for layer in layers), Counter()
+    total, seen = Counter(layer.name for layer in layers), Counter[str]()
     named = {}
     for layer in layers:
         name = layer.name if total[layer.name] == 1 else f"{layer.name}_{seen[layer.name]}"
