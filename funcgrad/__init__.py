@@ -1,11 +1,15 @@
 """funcgrad: JAX's computational graph as a value. `import funcgrad as fg`."""
 
+import importlib.util as _util
 import pathlib as _pathlib
+import sys as _sys
 
-# In a checkout the engine lies beside this folder, as `transforms/`; installed, it lies inside it.
 _here = _pathlib.Path(__file__).parent
-if not (_here / "transforms").exists() and (_here.parent / "transforms" / "__init__.py").exists():
-    __path__.append(str(_here.parent))
+if not (_here / "transforms").exists():  # a checkout: the engine lies beside this folder; installed, it lies inside it
+    _engine = _here.parent / "transforms"
+    _spec = _util.spec_from_file_location(f"{__name__}.transforms", _engine / "__init__.py")
+    _sys.modules[_spec.name] = transforms = _util.module_from_spec(_spec)
+    _spec.loader.exec_module(transforms)
 
 from .transforms._jax import hide as _hide  # isort: skip
 
@@ -33,6 +37,7 @@ from .transforms import (
     hessian,
     interpret,
     jacfwd,
+    jacobian,
     jacrev,
     jit,
     jvp,
@@ -67,6 +72,7 @@ __all__ = [
     "hessian",
     "interpret",
     "jacfwd",
+    "jacobian",
     "jacrev",
     "jit",
     "jvp",

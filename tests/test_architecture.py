@@ -14,7 +14,7 @@ ENGINE = ROOT / "transforms"
 FILES = sorted([*ENGINE.rglob("*.py"), *(ROOT / "funcgrad").rglob("*.py")])
 
 # Each file of the engine may import what stands before it, and what ALSO names.
-ORDER = ["errors", "_jax", "graph", "rules", "living", "interpreter"]
+ORDER = ["errors", "_jax", "arguments", "graph", "rules", "living", "interpreter"]
 TRANSFORMS = {"gradient", "batching", "compilation"}
 ALSO = {"compilation": {"retraces"}, "graph": {"listing"}, "listing": {"graph"}}
 

@@ -16,13 +16,10 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def modules() -> list[str]:
-    """All modules of the package, the engine under its installed name; not the folders that a checkout has beside it."""
-    found = ["funcgrad"]
-    paths = [p for p in funcgrad.__path__ if Path(p).name == "funcgrad"]
-    for info in pkgutil.walk_packages(paths, "funcgrad."):
-        found.append(info.name)
-    engine = importlib.import_module("funcgrad.transforms")
-    found += [info.name for info in pkgutil.walk_packages(engine.__path__, "funcgrad.transforms.")]
+    """All modules of the package, and of the engine, which a checkout has beside it."""
+    found = ["funcgrad", "funcgrad.transforms"]
+    for package in (funcgrad, funcgrad.transforms):
+        found += [info.name for info in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
     return sorted({name for name in found if not name.endswith("__main__")})
 
 

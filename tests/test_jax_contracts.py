@@ -80,7 +80,7 @@ def test_rebinding_with_the_same_sub_graphs_is_the_same_equation(name):
     eqn = next(e for e in jax.make_jaxpr(f)(X).jaxpr.eqns if e.primitive.name == name)
 
     def again(*values):
-        return _jax.rebind(eqn.primitive, eqn.params, values, [b.jaxpr for b in _jax.bodies(eqn)])
+        return _jax.rebind(eqn.primitive, eqn.params, values, [_jax.opened(b.jaxpr) for b in _jax.bodies(eqn)])
 
     (new,) = jax.make_jaxpr(again)(*(jnp.ones(v.aval.shape, v.aval.dtype) for v in eqn.invars)).jaxpr.eqns
     assert new.primitive is eqn.primitive
@@ -105,12 +105,12 @@ def test_staging_gives_a_closed_jaxpr_with_constants():
     _jax.check_jaxpr(closed)
 
 
-def test_leading_inputs_become_constants():
-    closed = jax.make_jaxpr(lambda a, b: a - b)(X, X)
-    fixed = _jax.with_leading(closed, [2 * X])
-    assert len(fixed.jaxpr.invars) == 1
-    np.testing.assert_array_equal(_jax.jaxpr_as_fun(fixed)(X)[0], X)
-    np.testing.assert_array_equal(_jax.jaxpr_as_fun(_jax.with_leading(fixed, [X]))()[0], X)
+def test_constants_become_leading_inputs():
+    table = np.arange(4.0, dtype=np.float32)
+    opened = _jax.opened(jax.make_jaxpr(lambda x: x - table)(X))
+    assert len(opened.jaxpr.jaxpr.invars) == 1 + len(opened.consts)
+    assert not opened.jaxpr.consts
+    np.testing.assert_array_equal(_jax.jaxpr_as_fun(opened.jaxpr)(*opened.consts, X)[0], X - table)
 
 
 def test_the_trace_protocol():

@@ -19,7 +19,7 @@ from .errors import (
     OptionError,
     RetraceError,
 )
-from .gradient import differentiable, grad, hessian, jacfwd, jacrev, jvp, linearize, value_and_grad, vjp
+from .gradient import differentiable, grad, hessian, jacfwd, jacobian, jacrev, jvp, linearize, value_and_grad, vjp
 from .graph import Graph, trace, walk
 from .interpreter import interpret, rewrite, verify
 from .living import live
@@ -44,6 +44,7 @@ __all__ = [
     "hessian",
     "interpret",
     "jacfwd",
+    "jacobian",
     "jacrev",
     "jit",
     "jvp",

@@ -13,11 +13,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from jax import Array
 from jax._src import api_util, config, core, source_info_util, traceback_util
 from jax._src import linear_util as lu
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import _convert_element_type
 from jax._src.sharding_impls import UNSPECIFIED
+from jax._src.util import weakref_lru_cache
 
 # Not from jax.extend, whose import costs 17 ms on JAX 0.10.
 Jaxpr = core.Jaxpr
@@ -95,19 +97,6 @@ def close(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> ClosedJaxpr:
     return jaxpr if hasattr(jaxpr, "consts") and not consts else ClosedJaxpr(jaxpr, list(consts))
 
 
-def with_leading(jaxpr: ClosedJaxpr, values: Sequence[Any]) -> ClosedJaxpr:
-    """Turn the first inputs of a jaxpr into constants of these values, behind the constants that it has."""
-    if not values:
-        return jaxpr
-    opened = pe.convert_constvars_jaxpr(jaxpr.jaxpr)
-    consts = [*jaxpr.consts, *values]
-    if hasattr(opened, "with_consts"):  # since JAX 0.11
-        return opened.with_consts(consts)
-    n = len(consts)
-    names = opened.debug_info.with_unknown_names()
-    return close(opened.replace(constvars=opened.invars[:n], invars=opened.invars[n:], debug_info=names), consts)
-
-
 def names_of(jaxpr: Jaxpr) -> Any:
     """What a jaxpr's function and inputs, constants among them, are called in JAX's messages."""
     names = jaxpr.debug_info
@@ -116,15 +105,35 @@ def names_of(jaxpr: Jaxpr) -> Any:
     return names
 
 
-def unresolved(jaxpr: Jaxpr) -> Any:
-    """As `names_of`, for a new graph of the same inputs: constants and results are to be named anew."""
-    names = jaxpr.debug_info
-    return names._replace(result_paths=None)
+def without_results(jaxpr: Jaxpr) -> Any:
+    """As `names_of` without constants, for a new graph of the same inputs: its results are named anew."""
+    return jaxpr.debug_info._replace(result_paths=None)
 
 
 def check_jaxpr(jaxpr: ClosedJaxpr) -> None:
     """Type-check every equation; raises JAX's `JaxprTypeError`."""
     core.check_jaxpr(jaxpr.jaxpr)
+
+
+def out_avals(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The types of an equation's outputs, also of one that is just being bound to these values."""
+    if isinstance(eqn, JaxprEqn):
+        return [v.aval for v in eqn.outvars]
+    out, _ = eqn.primitive.abstract_eval(*map(core.typeof, values), **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def fitted(value: Any, aval: Any) -> Any:
+    """`value` as an array of type `aval`; None if its shape or dtype differs, or it is no array at all."""
+    try:
+        given = core.typeof(value)
+    except TypeError:
+        return None
+    if not isinstance(aval, core.ShapedArray):
+        return value
+    if (given.shape, given.dtype) != (aval.shape, aval.dtype):
+        return None
+    return value if given.weak_type == aval.weak_type and isinstance(value, Array) else cast(value, aval)
 
 
 def cast(value: Any, aval: Any) -> Any:
@@ -197,6 +206,7 @@ _BODIES = {
 # Their parameters hold Python functions too (rules not yet traced, specs computed by tracing), so these are entered as
 # running functions: the trace's own `process_*` methods.
 FUNCTIONAL = frozenset({"custom_jvp_call", "custom_vjp_call", "shard_map"})
+WITH_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
 def bodies(eqn: Any) -> list[Body]:
@@ -214,43 +224,43 @@ def bodies(eqn: Any) -> list[Body]:
     return found
 
 
-def rebind(primitive: Primitive, params: dict, values: Sequence[Any], new: Sequence[ClosedJaxpr]) -> list[Any]:
-    """Bind an equation with other sub-graphs of the same types, whose constants become operands.
-
-    Sub-graphs may not hold values of an enclosing trace, so each layout says where its operands for constants stand.
-    """
-    opened = [_open(j) for j in new]
-    params, values = _LAYOUTS.get(primitive.name, _call)(dict(params), list(values), opened)
-    return bind(primitive, params, values)
-
-
-class _Opened(NamedTuple):
+class Opened(NamedTuple):
     """A jaxpr with its constants as leading inputs, and their values."""
 
     jaxpr: ClosedJaxpr
     consts: list[Any]
 
 
-def _open(j: ClosedJaxpr) -> _Opened:
-    return _Opened(close(pe.convert_constvars_jaxpr(j.jaxpr)), list(j.consts)) if j.consts else _Opened(j, [])
+def opened(j: ClosedJaxpr) -> Opened:
+    """Turn the constants of a jaxpr into leading inputs."""
+    return Opened(close(pe.convert_constvars_jaxpr(j.jaxpr)), list(j.consts)) if j.consts else Opened(j, [])
 
 
-def _call(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
-    ((body, consts),) = opened
+def rebind(primitive: Primitive, params: dict, values: Sequence[Any], new: Sequence[Opened]) -> list[Any]:
+    """Bind an equation with other sub-graphs of the same types, whose constants become operands.
+
+    Sub-graphs may not hold values of an enclosing trace, so each layout says where its operands for constants stand.
+    """
+    params, values = _LAYOUTS.get(primitive.name, _call)(dict(params), list(values), new)
+    return bind(primitive, params, values)
+
+
+def _call(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
+    ((body, consts),) = new
     key = next(k for k in ("jaxpr", "call_jaxpr") if k in params)
     is_closed = hasattr(params[key], "consts")
     return {**params, key: body if is_closed else body.jaxpr}, [*consts, *values]
 
 
-def _jit(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
-    n = len(opened[0].consts)
+def _jit(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
+    n = len(new[0].consts)
     for key, default in (("in_shardings", UNSPECIFIED), ("in_layouts", None), ("donated_invars", False)):
         params[key] = (default,) * n + tuple(params[key])
-    return _call(params, values, opened)
+    return _call(params, values, new)
 
 
-def _scan(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
-    n = len(opened[0].consts)
+def _scan(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
+    n = len(new[0].consts)
     if n and "num_consts" in params:
         params["num_consts"] += n
     elif n:  # since JAX 0.11
@@ -258,11 +268,11 @@ def _scan(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list
 
         consts, carry, xs = params["ft_in"].unpack()
         params["ft_in"] = ft.pack((ft.nones(n + len(consts)), carry, xs))
-    return _call(params, values, opened)
+    return _call(params, values, new)
 
 
-def _while(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
-    cond, body = opened
+def _while(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
+    cond, body = new
     n = params["cond_nconsts"]
     params.update(cond_jaxpr=cond.jaxpr, body_jaxpr=body.jaxpr)
     params["cond_nconsts"] += len(cond.consts)
@@ -270,26 +280,33 @@ def _while(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, lis
     return params, [*cond.consts, *values[:n], *body.consts, *values[n:]]
 
 
-def _cond(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
-    # Every branch takes the constants of all, and reads its own.
-    consts = [[Var(v.aval) for v in j.jaxpr.invars[: len(c)]] for j, c in opened]
-    branches = []
-    for k, (j, own) in enumerate(opened):
-        invars = [v for i, others in enumerate(consts) for v in (j.jaxpr.invars[: len(own)] if i == k else others)]
-        replaced = j.jaxpr.replace(
-            invars=[*invars, *j.jaxpr.invars[len(own) :]], debug_info=j.jaxpr.debug_info.with_unknown_names()
-        )
-        branches.append(close(replaced) if any(consts) else j)
+def _cond(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
     index, *operands = values
-    return {**params, "branches": tuple(branches)}, [index, *(c for _, own in opened for c in own), *operands]
+    counts = tuple(len(consts) for _, consts in new)
+    branches = tuple(j for j, _ in new)
+    branches = _widened(branches[0], branches[1:], counts) if any(counts) else branches
+    return {**params, "branches": branches}, [index, *(c for _, consts in new for c in consts), *operands]
 
 
-def _linear_solve(params: dict, values: list, opened: list[_Opened]) -> tuple[dict, list]:
+@weakref_lru_cache
+def _widened(first: ClosedJaxpr, others: tuple[ClosedJaxpr, ...], counts: tuple[int, ...]) -> tuple[ClosedJaxpr, ...]:
+    """Branches that each take the constants of all, and read their own."""
+    jaxprs = [j.jaxpr for j in (first, *others)]
+    variables = [[Var(v.aval) for v in j.invars[:n]] for j, n in zip(jaxprs, counts, strict=True)]
+    branches = []
+    for k, (j, n) in enumerate(zip(jaxprs, counts, strict=True)):
+        consts = [v for i, others in enumerate(variables) for v in (j.invars[:n] if i == k else others)]
+        names = j.debug_info.with_unknown_names()
+        branches.append(close(j.replace(invars=[*consts, *j.invars[n:]], debug_info=names)))
+    return tuple(branches)
+
+
+def _linear_solve(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
     lengths, jaxprs = params["const_lengths"], params["jaxprs"]
-    new = iter(opened)
+    opened = iter(new)
     at, operands, counts, rebuilt = 0, [], [], []
     for length, jaxpr in zip(lengths, jaxprs, strict=True):
-        body, consts = next(new) if jaxpr is not None else _Opened(None, [])
+        body, consts = next(opened) if jaxpr is not None else Opened(None, [])
         operands += [*consts, *values[at : at + length]]
         at += length
         counts.append(length + len(consts))

@@ -9,7 +9,7 @@ import jax
 from jax.tree_util import tree_unflatten
 
 from .errors import OptionError
-from .graph import Graph, trace
+from .graph import Graph
 
 
 def vmap(fun=None, in_axes: Any = 0, out_axes: Any = 0, axis_name=None, axis_size=None, spmd_axis_name=None, **options):
@@ -46,28 +46,24 @@ def vmap(fun=None, in_axes: Any = 0, out_axes: Any = 0, axis_name=None, axis_siz
             f"vmap of the graph {fun.name} needs the size of the batch.",
             hint="fg.vmap(graph, in_axes=..., axis_size=32)",
         )
-    batched = jax.vmap(fun.__call__, **options)
-    args, kwargs = _batched_arguments(fun, in_axes, axis_size)
-    graph = trace(batched, *args, **kwargs)
-    return Graph(graph.jaxpr, graph.in_tree, graph.out_tree, fun.paths, f"vmap({fun.name})", fun.signature)
+    args, kwargs = tree_unflatten(fun.in_tree, fun.in_avals)
+    axes = in_axes if in_axes is None or isinstance(in_axes, int) else tuple(in_axes)
+    try:
+        avals = jax.tree.leaves((_batched(axes, args, axis_size), _batched(0, kwargs, axis_size)))
+    except ValueError:  # JAX says how the axes do not fit the arguments
+        jax.eval_shape(jax.vmap(fun, **options), *args, **kwargs)
+        raise
+    return fun.derive(jax.vmap(fun, **options), f"vmap({fun.name})", avals)
 
 
-def _batched_arguments(graph: Graph, in_axes: Any, size: int) -> tuple[tuple, dict]:
-    """The arguments of the batched graph: what the unbatched ones are, with an axis of `size` where `in_axes` says so."""
-    args, kwargs = tree_unflatten(
-        graph.in_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in graph.in_avals]
-    )
+def _batched(axes: Any, tree: Any, size: int) -> Any:
+    """The types of a batch: `tree` with an axis of `size` where `axes`, a tree prefix of it, says so."""
 
-    def grow(axis, leaf):
+    def grow(axis, aval):
         if axis is None:
-            return leaf
-        k = axis + len(leaf.shape) + 1 if axis < 0 else axis
-        return jax.ShapeDtypeStruct((*leaf.shape[:k], size, *leaf.shape[k:]), leaf.dtype, weak_type=leaf.weak_type)
+            return aval
+        k = axis + len(aval.shape) + 1 if axis < 0 else axis
+        return aval.update(shape=(*aval.shape[:k], size, *aval.shape[k:]))
 
-    def broadcast(axes, tree):
-        return jax.tree.map(
-            lambda axis, sub: jax.tree.map(lambda leaf: grow(axis, leaf), sub), axes, tree, is_leaf=lambda a: a is None
-        )
-
-    axes = in_axes if isinstance(in_axes, int) else tuple(in_axes)
-    return broadcast(axes, args), broadcast(0, kwargs)
+    each = lambda axis, subtree: jax.tree.map(lambda aval: grow(axis, aval), subtree)
+    return jax.tree.map(each, axes, tree, is_leaf=lambda axis: axis is None)

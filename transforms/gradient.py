@@ -14,14 +14,15 @@ import jax
 from jax.tree_util import keystr, tree_leaves, tree_leaves_with_path
 
 from . import _jax
+from .arguments import argument_names, name_of
 from .errors import ArgumentError, NotScalarError, OptionError, location
 from .graph import Graph
 from .living import live
 from .rules import Rule, Rules
 
-UserRules = Mapping[_jax.Primitive, Rule]
+UserRules = Rules | Mapping[_jax.Primitive, Rule]
 
-_RULES = Rules("differentiable")
+_RULES = Rules("differentiable")  # those of funcgrad's own
 
 
 def differentiable(f: Callable, *, rules: UserRules | None = None) -> Callable:
@@ -30,7 +31,8 @@ def differentiable(f: Callable, *, rules: UserRules | None = None) -> Callable:
     Args:
       f: function or Graph.
       rules: primitive -> `rule(eqn, *values)`, which returns the equation's outputs by another, differentiable computation
-        of the same values, at any depth of `f` (a straight-through estimator, a `jax.custom_vjp` function).
+        of the same values, at any depth of `f` (a straight-through estimator, a `jax.custom_vjp` function). A mapping, or
+        a `Rules`, which keeps what was compiled for it from call to call of `vjp`, `jvp` and `linearize` too.
     Returns:
       A function as `f`; `f` itself where there is nothing to change.
 
@@ -39,8 +41,7 @@ def differentiable(f: Callable, *, rules: UserRules | None = None) -> Callable:
     >>> jax.grad(differentiable(lambda x: 3 * lax.round(x), rules={lax.round_p: straight_through}))(0.7)
     Array(3., dtype=float32, weak_type=True)
     """
-    table = Rules("differentiable", {**_RULES.table, **(rules or {})}) if rules else _RULES
-    return live(f, table)
+    return live(f, _RULES if rules is None else Rules.of(rules, "rules="))
 
 
 def grad(
@@ -116,6 +117,9 @@ def jacrev(fun=None, argnums=0, has_aux=False, holomorphic=False, allow_int=Fals
     return _derive(jax.jacrev, fun, options, rules)
 
 
+jacobian = jacrev  # as in JAX
+
+
 def hessian(fun=None, argnums=0, has_aux=False, holomorphic=False, *, rules: UserRules | None = None):
     """Second derivatives, forward over reverse, as `jax.hessian`.
 
@@ -147,15 +151,20 @@ def linearize(fun, *primals, rules: UserRules | None = None, **options):
 
 
 def _derive(transform: Callable, fun: Any, options: dict, rules: UserRules | None, scalar: bool = False) -> Any:
-    """`transform` of `fun`, with errors in the user's words; a decorator if `fun` is None, a Graph if `fun` is one."""
+    """`transform` of `fun`: a decorator if `fun` is None, a Graph if `fun` is one, else a function."""
     if fun is None:
         return functools.partial(_derive, transform, options=options, rules=rules, scalar=scalar)
-    verb = transform.__name__
-    if isinstance(fun, Graph):
-        derived = _derive(transform, fun.__call__, options, rules, scalar)
-        return fun.derive(derived, f"{verb}({fun.name})")
     if not callable(fun):
-        raise ArgumentError(f"{verb} takes a function or a Graph, and got {type(fun).__name__}.", inputs=f"{fun!r:.60}")
+        raise ArgumentError(
+            f"{transform.__name__} takes a function or a Graph, and got {type(fun).__name__}.", inputs=f"{fun!r:.60}"
+        )
+    derived = _explained(transform, fun, options, rules, scalar)
+    return fun.derive(derived, f"{transform.__name__}({fun.name})") if isinstance(fun, Graph) else derived
+
+
+def _explained(transform: Callable, fun: Callable, options: dict, rules: UserRules | None, scalar: bool) -> Callable:
+    """`transform` of `fun` as a function, with errors in the user's words."""
+    verb = transform.__name__
     body = differentiable(fun, rules=rules)
     derived = transform(_returning_scalar(verb, fun, body, options) if scalar else body, **options)
 
@@ -175,7 +184,7 @@ def _derive(transform: Callable, fun: Any, options: dict, rules: UserRules | Non
 
 
 def _returning_scalar(verb: str, fun: Callable, body: Callable, options: dict) -> Callable:
-    @functools.wraps(fun)
+    @functools.wraps(fun, updated=())
     def checked(*args, **kwargs):
         out = body(*args, **kwargs)
         if options["has_aux"] and not (isinstance(out, tuple) and len(out) == 2):
@@ -190,9 +199,9 @@ def _returning_scalar(verb: str, fun: Callable, body: Callable, options: dict) -
         if aval is not None and aval.shape == () and jax.dtypes.issubdtype(aval.dtype, jax.numpy.complexfloating):
             return out  # JAX's message on `holomorphic` is the better one
         raise NotScalarError(
-            f"{verb} needs a float scalar of shape (), and {_name(fun)} returned {_summary(value)}.",
+            f"{verb} needs a float scalar of shape (), and {name_of(fun)} returned {_summary(value)}.",
             at=location(fun),
-            hint=f"reduce it, as in jnp.mean({_name(fun)}(...)), or take fg.jacrev({_name(fun)})",
+            hint=f"reduce it, as in jnp.mean({name_of(fun)}(...)), or take fg.jacrev({name_of(fun)})",
         )
 
     return checked
@@ -200,6 +209,7 @@ def _returning_scalar(verb: str, fun: Callable, body: Callable, options: dict) -
 
 def _wrong_arguments(verb: str, fun: Callable, args: tuple, options: dict) -> Exception | None:
     argnums = options["argnums"]
+    names = argument_names(_jax.signature_of(fun), len(args))
     for k in argnums if isinstance(argnums, tuple | list) else (argnums,):
         if not isinstance(k, int):
             return None
@@ -207,42 +217,32 @@ def _wrong_arguments(verb: str, fun: Callable, args: tuple, options: dict) -> Ex
             refused = ArgumentError if k >= 0 else OptionError  # JAX's types: TypeError and ValueError
             return refused(
                 f"{verb} with argnums={argnums} needs {k + 1 if k >= 0 else -k} positional arguments, "
-                f"and {_name(fun)} was called with {len(args)}.",
+                f"and {name_of(fun)} was called with {len(args)}.",
                 at=location(fun),
-                hint=f"pass what is to be differentiated by position, or change argnums: {_name(fun)}{_signature(fun)}",
+                hint=f"pass what is to be differentiated by position, or change argnums: {name_of(fun)}{_jax.signature_of(fun)}",
             )
         for path, leaf in tree_leaves_with_path(args[k]):
-            where = _parameter(fun, k % len(args)) + keystr(path)
+            where = names[k] + keystr(path)
             try:
                 dtype = jax.typeof(leaf).dtype
             except TypeError:
                 return ArgumentError(
-                    f"{verb} differentiates {_name(fun)} with respect to {where}, which is no array but {type(leaf).__name__}.",
+                    f"{verb} differentiates {name_of(fun)} with respect to {where}, which is no array but {type(leaf).__name__}.",
                     at=location(fun),
                     inputs=f"{where} = {leaf!r:.60}",
                     hint="leave it out of argnums",
                 )
-            if not jax.dtypes.issubdtype(dtype, jax.numpy.inexact) and not options.get("allow_int"):
+            if options["holomorphic"] or options.get("allow_int"):
+                continue
+            if not jax.dtypes.issubdtype(dtype, jax.numpy.inexact):
+                cast = f"{where}.astype(float)" if hasattr(leaf, "astype") else f"float({where})"
                 return ArgumentError(
-                    f"{verb} differentiates {_name(fun)} with respect to {where}, which holds {dtype}.",
+                    f"{verb} differentiates {name_of(fun)} with respect to {where}, which holds {dtype}.",
                     at=location(fun),
-                    hint=f"leave it out of argnums, or cast it: {where}.astype(float)"
+                    hint=f"leave it out of argnums, or cast it: {cast}"
                     + (", or set allow_int=True" if "allow_int" in options else ""),
                 )
     return None
-
-
-def _name(f: Callable) -> str:
-    return getattr(f, "__name__", None) or type(getattr(f, "func", f)).__name__
-
-
-def _signature(f: Callable) -> str:
-    return str(_jax.signature_of(f) or "(...)")
-
-
-def _parameter(f: Callable, k: int) -> str:
-    names = list(getattr(_jax.signature_of(f), "parameters", ()))
-    return names[k] if k < len(names) else f"args[{k}]"
 
 
 def _summary(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ import jax
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from . import _jax
+from .arguments import canonical, described, name_of, without_static
 from .errors import ArgumentError
 
 
@@ -53,57 +54,45 @@ class Graph:
         """Abstract value of each output leaf."""
         return tuple(v.aval for v in self.jaxpr.jaxpr.outvars)
 
-    @property
-    def __name__(self) -> str:
-        return self.name
+    def __post_init__(self):
+        # What `inspect`, `functools.wraps` and JAX's messages look for on a function.
+        object.__setattr__(self, "__name__", self.name)
+        object.__setattr__(self, "__signature__", self.signature or inspect.signature(lambda *args, **kwargs: None))
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return self.signature or inspect.Signature(
-            [
-                inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
-                inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
-            ]
-        )
-
-    def __call__(self, *args, **kwargs):
+    def __call__(self, /, *args, **kwargs):
         """Evaluate the graph.
 
         Raises:
           ArgumentError: tree, shape or dtype of an argument differ from the traced ones. Also a TypeError.
         """
-        return tree_unflatten(self.out_tree, _jax.jaxpr_as_fun(self.jaxpr)(*self.leaves(*args, **kwargs)))
+        outputs = _jax.jaxpr_as_fun(self.jaxpr)(*self.leaves(*args, **kwargs))
+        arrays = [x if isinstance(x, jax.Array) else _jax.cast(x, a) for x, a in zip(outputs, self.out_avals, strict=True)]
+        return tree_unflatten(self.out_tree, arrays)
 
-    def leaves(self, *args, **kwargs) -> list[Any]:
-        """The flat inputs of a call, checked against the traced types."""
+    def leaves(self, /, *args, **kwargs) -> list[Any]:
+        """The flat inputs of a call, checked against the traced types; raises as a call does."""
         leaves, tree = tree_flatten((args, kwargs))
         if tree != self.in_tree:
-            leaves, tree = tree_flatten(_canonical(self.signature, args, kwargs))
+            leaves, tree = tree_flatten(canonical(self.signature, args, kwargs))
         if tree != self.in_tree:
             raise self._wrong_tree(args, kwargs)
         return [_fit(self, k, leaf, aval) for k, (leaf, aval) in enumerate(zip(leaves, self.in_avals, strict=True))]
 
-    def derive(self, f: Callable, name: str) -> Graph:
+    def derive(self, f: Callable, name: str, avals: Sequence[Any] | None = None) -> Graph:
         """Trace `f`, called as this graph is, into a graph of the same inputs.
 
         Args:
           f: function of this graph's arguments.
           name: the name of the new graph.
+          avals: types of the inputs, where they differ from this graph's.
         """
-        out_tree = None
-
-        def flat(*leaves):
-            nonlocal out_tree
-            args, kwargs = tree_unflatten(self.in_tree, leaves)
-            out, out_tree = tree_flatten(f(*args, **kwargs))
-            return out
-
-        jaxpr = _jax.stage_flat(flat, self.in_avals, _jax.unresolved(self.jaxpr.jaxpr))
-        return Graph(jaxpr, self.in_tree, out_tree, self.paths, name, self.signature)
+        flat, out_tree = _flat(f, self.in_tree, name)
+        jaxpr = _jax.stage_flat(flat, avals or self.in_avals, _jax.without_results(self.jaxpr.jaxpr))
+        return Graph(jaxpr, self.in_tree, out_tree(), self.paths, name, self.signature)
 
     def _wrong_tree(self, args, kwargs) -> ArgumentError:
-        args, kwargs = _canonical(self.signature, args, kwargs)
-        given = dict(zip(*_described(args, kwargs, self.signature), strict=True))
+        args, kwargs = canonical(self.signature, args, kwargs)
+        given = dict(zip(*described(args, kwargs, self.signature), strict=True))
         missing = [p for p in self.paths if p not in given]
         unknown = [p for p in given if p not in self.paths]
         details = "; ".join(
@@ -122,7 +111,7 @@ class Graph:
         inputs = ", ".join(f"{p}: {a.str_short()}" for p, a in zip(self.paths[:4], self.in_avals[:4], strict=True))
         more = f", and {len(self.paths) - 4} more" if len(self.paths) > 4 else ""
         outputs = ", ".join(a.str_short() for a in self.out_avals)
-        return f"Graph({self.name}({inputs}{more}) -> {outputs}, {sum(1 for _ in walk(self))} equations)"
+        return f"Graph({self.name}({inputs}{more}) -> {outputs}, {len(self.eqns)} equations)"
 
     def __str__(self) -> str:
         return self.text()
@@ -141,6 +130,7 @@ class Graph:
 
 def trace(
     f: Callable,
+    /,
     *args,
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
@@ -165,24 +155,15 @@ def trace(
       b:f32[] = mul a y
       return b
     """
-    if isinstance(f, Graph):
-        return f.derive(f, f.name) if not (args or kwargs) else trace(f.__call__, *args, **kwargs)
-    f, args, kwargs, signature = _without_static(f, args, kwargs, static_argnums, static_argnames)
-    args, kwargs = _canonical(signature, args, kwargs)
+    f, args, kwargs, signature = without_static(f, args, kwargs, static_argnums, static_argnames)
+    args, kwargs = canonical(signature, args, kwargs)
     leaves, in_tree = tree_flatten((args, kwargs))
-    paths, _ = _described(args, kwargs, signature)
+    paths, _ = described(args, kwargs, signature)
     for path, leaf in zip(paths, leaves, strict=True):
         _check_traceable(f, path, leaf)
-    out_tree = None
-
-    def flat(*leaves):
-        nonlocal out_tree
-        args, kwargs = tree_unflatten(in_tree, leaves)
-        out, out_tree = tree_flatten(f(*args, **kwargs))
-        return out
-
+    flat, out_tree = _flat(f, in_tree, name_of(f))
     jaxpr = _jax.stage(f, args, kwargs, leaves, flat)
-    return Graph(jaxpr, in_tree, out_tree, tuple(paths), _name(f), signature)
+    return Graph(jaxpr, in_tree, out_tree(), tuple(paths), name_of(f), signature)
 
 
 def walk(graph: Graph | _jax.ClosedJaxpr) -> Iterator[tuple[tuple[str, ...], _jax.JaxprEqn]]:
@@ -199,73 +180,27 @@ def walk(graph: Graph | _jax.ClosedJaxpr) -> Iterator[tuple[tuple[str, ...], _ja
                 yield (f"{eqn.primitive.name}.{body.label}", *path), inner
 
 
-# ------------------------------------------------------------------------------------------------ arguments
+# ------------------------------------------------------------------------------------------------ checks
 
 
-def _name(f: Callable) -> str:
-    return getattr(f, "__name__", None) or type(getattr(f, "func", f)).__name__
+def _flat(f: Callable, in_tree: Any, name: str) -> tuple[Callable, Callable[[], Any]]:
+    """`f` on the leaves of its arguments, and the tree of its result, known once it has run."""
+    trees = []
 
+    def flat(*leaves):
+        args, kwargs = tree_unflatten(in_tree, leaves)
+        paths, out_tree = tree_flatten_with_path(f(*args, **kwargs))
+        trees.append(out_tree)
+        for path, leaf in paths:
+            if _short(leaf) == type(leaf).__name__:
+                raise ArgumentError(
+                    f"{name} returned {type(leaf).__name__} {('at ' + keystr(path)) if path else ''}, which is not an array.",
+                    inputs=f"{leaf!r:.60}",
+                    hint="return arrays, in any tree; None is an empty one",
+                )
+        return [leaf for _, leaf in paths]
 
-def _without_static(f, args, kwargs, static_argnums, static_argnames):
-    """`f` with its static arguments filled in, and what is left of the arguments and of the signature."""
-    signature = _jax.signature_of(f)
-    positions = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
-    names = {static_argnames} if isinstance(static_argnames, str) else set(static_argnames)
-    if not positions and not names:
-        return f, args, kwargs, signature
-    positions = {k + len(args) if k < 0 else k for k in positions}
-    if signature is not None:
-        parameters = list(signature.parameters.values())
-        positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        names |= {positional[k] for k in positions if k < len(positional)}
-        positions |= {k for k, name in enumerate(positional) if name in names}
-        signature = signature.replace(parameters=[p for p in parameters if p.name not in names])
-    static = {k: args[k] for k in positions if k < len(args)}
-    static_kwargs = {k: v for k, v in kwargs.items() if k in names}
-    for value in [*static.values(), *static_kwargs.values()]:
-        if not isinstance(value, Hashable):
-            raise ArgumentError(
-                f"a static argument of {_name(f)} is not hashable: {type(value).__name__}.",
-                hint="pass a tuple or a frozen dataclass",
-            )
-    total = len(args)
-
-    def filled(*rest, **others):
-        values = iter(rest)
-        return f(*(static[k] if k in static else next(values) for k in range(total)), **others, **static_kwargs)
-
-    filled.__name__ = filled.__qualname__ = _name(f)
-    if signature is not None:
-        filled.__signature__ = signature  # type: ignore[attr-defined]
-    rest = tuple(a for k, a in enumerate(args) if k not in static)
-    return filled, rest, {k: v for k, v in kwargs.items() if k not in names}, signature
-
-
-def _canonical(signature, args, kwargs):
-    """The arguments as the signature orders them, so that keyword and positional calls meet; as they are if they do not fit."""
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except (AttributeError, TypeError):
-        return args, kwargs
-    return bound.args, bound.kwargs
-
-
-def _described(args, kwargs, signature) -> tuple[list[str], list[Any]]:
-    """Path and value of each leaf of the arguments."""
-    names = [f"args[{k}]" for k in range(len(args))]
-    if signature is not None:
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        fixed = [p.name for p in signature.parameters.values() if p.kind in kinds]
-        variadic = next(
-            (p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_POSITIONAL), "args"
-        )
-        names = [fixed[k] if k < len(fixed) else f"{variadic}[{k - len(fixed)}]" for k in range(len(args))]
-    paths, leaves = [], []
-    for name, value in [*zip(names, args, strict=True), *sorted(kwargs.items())]:
-        for path, leaf in tree_flatten_with_path(value)[0]:
-            paths.append(name + keystr(path))
-            leaves.append(leaf)
-    return paths, leaves
+    return flat, lambda: trees[-1]
 
 
 def _check_traceable(f, path: str, leaf) -> None:
@@ -275,9 +210,9 @@ def _check_traceable(f, path: str, leaf) -> None:
         jax.typeof(leaf)
     except TypeError:
         raise ArgumentError(
-            f"{_name(f)} cannot be traced with {path} of type {type(leaf).__name__}, which is not an array.",
+            f"{name_of(f)} cannot be traced with {path} of type {type(leaf).__name__}, which is not an array.",
             inputs=f"{path} = {leaf!r:.60}",
-            hint=f"name it static: fg.trace({_name(f)}, ..., static_argnames={path.split('[')[0]!r})",
+            hint=f"name it static: fg.trace({name_of(f)}, ..., static_argnames={path.split('[')[0]!r})",
         ) from None
 
 

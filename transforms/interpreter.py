@@ -6,46 +6,48 @@ Write the interpreter, let JAX trace it again: a pass never builds equations by 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from . import _jax
-from .errors import GraphError
-from .graph import Graph, walk
-from .living import evaluate
-from .rules import Rules
+from .errors import ArgumentError, GraphError
+from .graph import Graph
+from .living import evaluate, holds
+from .rules import Rule, Rules
 
 
-def interpret(graph: Graph, rules: Rules, *values: Any) -> list[Any]:
+def interpret(graph: Graph, rules: Rules | Mapping[_jax.Primitive, Rule], *values: Any) -> list[Any]:
     """Evaluate a graph with `rules` applied to each equation, going into sub-graphs.
 
     Args:
       graph: the graph.
-      rules: the table; an equation without a rule is bound as it is.
+      rules: the table, or a mapping from primitives to rules; an equation without a rule is bound as it is.
       *values: the flat inputs, one for each of `graph.in_avals`.
     Returns:
       The flat outputs.
+    Raises:
+      GraphError: a rule returned values of other shapes, dtypes or number than its equation has.
     """
-    return evaluate(graph.jaxpr, rules, values)
+    _check_graph("interpret", graph)
+    return evaluate(graph.jaxpr, Rules.of(rules, "interpret"), values)
 
 
-def rewrite(graph: Graph, rules: Rules) -> Graph:
+def rewrite(graph: Graph, rules: Rules | Mapping[_jax.Primitive, Rule]) -> Graph:
     """The graph with `rules` applied, of the same inputs and outputs; scopes and source lines stay.
 
+    Args:
+      graph: the graph; it comes back itself where there is no work for the rules.
+      rules: the table, or a mapping from primitives to rules.
     Raises:
-      GraphError: a rule changed the shape or dtype of an output.
+      GraphError: a rule returned values of other shapes, dtypes or number than its equation has.
     """
-    if not any(rules.table.get(eqn.primitive) or rules.default for _, eqn in walk(graph)):
+    _check_graph("rewrite", graph)
+    rules = Rules.of(rules, "rewrite")
+    if not holds(rules, graph.jaxpr.jaxpr):
         return graph
-    names = _jax.unresolved(graph.jaxpr.jaxpr)
+    names = _jax.without_results(graph.jaxpr.jaxpr)
     new = _jax.stage_flat(lambda *values: interpret(graph, rules, *values), graph.in_avals, names)
-    result = dataclasses.replace(graph, jaxpr=new)
-    for k, (before, after) in enumerate(zip(graph.out_avals, result.out_avals, strict=True)):
-        if (before.shape, before.dtype) != (after.shape, after.dtype):
-            raise GraphError(
-                f"{rules.name} changed output {k} of {graph.name} from {before.str_short()} to {after.str_short()}.",
-                hint="a rule returns values of the shapes and dtypes of the equation that it replaces",
-            )
-    return result
+    return dataclasses.replace(graph, jaxpr=new)
 
 
 def verify(graph: Graph) -> Graph:
@@ -54,6 +56,7 @@ def verify(graph: Graph) -> Graph:
     Raises:
       GraphError: an equation does not fit its primitive, or trees, paths and jaxpr disagree.
     """
+    _check_graph("verify", graph)
     try:
         _jax.check_jaxpr(graph.jaxpr)
     except Exception as e:
@@ -62,3 +65,11 @@ def verify(graph: Graph) -> Graph:
     if len(set(counts)) != 1 or graph.out_tree.num_leaves != len(graph.out_avals):
         raise GraphError(f"{graph.name} has {counts} input leaves, paths, variables; these must agree.")
     return graph
+
+
+def _check_graph(verb: str, graph: Any) -> None:
+    if not isinstance(graph, Graph):
+        raise ArgumentError(
+            f"{verb} takes a Graph, and got {type(graph).__name__}.",
+            hint="fg.trace(f, *args) makes one; fg.live(f, rules) runs a function",
+        )

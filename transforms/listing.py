@@ -11,58 +11,22 @@ from typing import Any
 from . import _jax
 from .graph import Graph
 
-_HIDDEN = {  # parameters that say nothing to a reader, or that the listing shows in another way
-    *("jaxpr", "call_jaxpr", "branches", "cond_jaxpr", "body_jaxpr", "jaxprs", "const_lengths"),
-    *(
-        "jvp_jaxpr_fun",
-        "fwd_jaxpr_thunk",
-        "bwd",
-        "out_trees",
-        "symbolic_zeros",
-        "num_consts",
-        "num_carry",
-        "ft_in",
-        "ft_out",
-    ),
-    *(
-        "cond_nconsts",
-        "body_nconsts",
-        "in_shardings",
-        "out_shardings",
-        "in_layouts",
-        "out_layouts",
-        "ctx_mesh",
-        "keep_unused",
-    ),
-    *(
-        "inline",
-        "compiler_options_kvs",
-        "differentiated",
-        "sharding",
-        "accuracy",
-        "prevent_cse",
-        "in_specs",
-        "out_specs",
-        "linear",
-    ),
-    *(
-        "mesh",
-        "check_vma",
-        "newly_manual_axes",
-        "manual_axes",
-        "out_sharding",
-        "weak_type",
-        "unroll",
-        "preferred_element_type",
-    ),
-}
+# Parameters that say nothing to a reader, or that the listing shows in another way.
+_HIDDEN = frozenset(
+    """
+    jaxpr call_jaxpr branches cond_jaxpr body_jaxpr jaxprs const_lengths jvp_jaxpr_fun fwd_jaxpr_thunk bwd out_trees
+    symbolic_zeros num_consts num_carry ft_in ft_out cond_nconsts body_nconsts in_shardings out_shardings in_layouts
+    out_layouts ctx_mesh keep_unused inline compiler_options_kvs differentiated sharding accuracy prevent_cse in_specs
+    out_specs linear mesh check_vma newly_manual_axes manual_axes out_sharding weak_type unroll preferred_element_type
+    """.split()  # noqa: SIM905
+)
 _WIDTH = 56  # characters of parameters per equation
 
 
 def listing(graph: Graph, *, source: bool, lines: int | None) -> str:
     """The text of `graph`; see `Graph.text`."""
-    names = _Names()
     jaxpr = graph.jaxpr.jaxpr
+    names = _Names(taken=set(graph.paths))
     for var, path in zip(jaxpr.invars, graph.paths, strict=True):
         names.known[var] = path
     inputs = ", ".join(f"{p}: {_aval(a)}" for p, a in zip(graph.paths, graph.in_avals, strict=True))
@@ -70,7 +34,7 @@ def listing(graph: Graph, *, source: bool, lines: int | None) -> str:
     if jaxpr.constvars:
         head.append("  closed over " + ", ".join(f"{names(v)}:{_aval(v.aval)}" for v in jaxpr.constvars))
     body = list(_rows(jaxpr, names, source, "  "))
-    if lines is not None and len(body) > lines:
+    if lines is not None and len(body) > (lines := max(lines, 2)):
         folded = f"  … {len(body) - lines} lines folded; text(lines=None) shows all …"
         body = [*body[: lines // 2], folded, *body[len(body) - (lines - lines // 2) :]]
     return "\n".join([*head, *body])
@@ -79,11 +43,10 @@ def listing(graph: Graph, *, source: bool, lines: int | None) -> str:
 class _Names:
     """Names for variables in order of appearance: a, b, …, z, aa, ab, …"""
 
-    def __init__(self) -> None:
+    def __init__(self, taken: set[str]) -> None:
         self.known: dict[Any, str] = {}
-        self.fresh = (
-            "".join(w) for n in itertools.count(1) for w in itertools.product(string.ascii_lowercase, repeat=n)
-        )
+        words = ("".join(w) for n in itertools.count(1) for w in itertools.product(string.ascii_lowercase, repeat=n))
+        self.fresh = (word for word in words if word not in taken)
 
     def __call__(self, atom) -> str:
         if isinstance(atom, _jax.Literal):
@@ -122,11 +85,18 @@ def _equation(eqn, names: _Names) -> str:
 
 
 def _worth_showing(value) -> bool:
-    trivial = value is None or value is False or (isinstance(value, tuple) and not any(value))
+    trivial = (
+        value is None
+        or value is False
+        or value == ()
+        or (isinstance(value, tuple) and set(map(repr, value)) == {"False"})
+    )
     return not trivial and not callable(value)
 
 
 def _value(value) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_value, value))}{',' if len(value) == 1 else ''})"
     return " ".join(str(value).split())
 
 

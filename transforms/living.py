@@ -9,38 +9,44 @@ are not arrays.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from . import _jax
-from .rules import Rules
+from .errors import GraphError
+from .rules import Rule, Rules
 
 
-@dataclass(slots=True)
-class Bound:
+class Bound(NamedTuple):
     """A primitive as it is bound: the equation that a rule sees in a running function."""
 
     primitive: _jax.Primitive
     params: dict[str, Any]
-    source_info: Any = field(default_factory=_jax.current_source)
+    source_info: Any
 
 
-def live(f: Callable, rules: Rules) -> Callable:
+def live(f: Callable, rules: Rules | Mapping[_jax.Primitive, Rule]) -> Callable:
     """`f`, with `rules` applied to each primitive as it is bound, at any depth of sub-graphs.
 
     Args:
-      f: any function.
-      rules: the table; an empty one gives `f` itself.
+      f: any function. What a generator yields later runs without the rules.
+      rules: the table, or a mapping from primitives to rules; an empty one gives `f` itself.
     Returns:
       A function as `f`. Values stay plain arrays or the tracers of JAX's own transforms around it.
+    Raises:
+      GraphError: at a call, a rule returned values of other shapes, dtypes or number than its equation has.
+
+    >>> from jax import lax
+    >>> live(lambda x: lax.sin(x) + 1, {lax.sin_p: lambda eqn, x: 10 * x})(2.0)
+    Array(21., dtype=float32, weak_type=True)
     """
+    rules = Rules.of(rules, "live")
     if not rules:
         return f
 
-    @functools.wraps(f)
+    @functools.wraps(f, updated=())
     def alive(*args, **kwargs):
         with _jax.take_current_trace() as parent, _jax.set_current_trace(Living(parent, rules)):
             return f(*args, **kwargs)
@@ -50,52 +56,70 @@ def live(f: Callable, rules: Rules) -> Callable:
 
 def apply(rules: Rules, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """The outputs of one equation: by its rule, with its sub-graphs rewritten, or as it is."""
-    rule = rules.table.get(eqn.primitive)
-    if rule is None and touched(eqn, rules):
-        if eqn.primitive.name in _jax.FUNCTIONAL:
-            return live(functools.partial(_jax.bind, eqn.primitive, eqn.params), rules)(values)
-        return _jax.rebind(eqn.primitive, eqn.params, values, [rewritten(b.jaxpr, rules) for b in _jax.bodies(eqn)])
-    if rule is None and not _jax.bodies(eqn):
-        rule = rules.default
-    if rule is None:
+    inner = _jax.bodies(eqn)
+    rule = rules.table.get(eqn.primitive) or (None if inner else rules.default)
+    if rule is not None:
+        return _checked(rules, eqn, values, rule(eqn, *values))
+    if not touches(rules, eqn):
         return _jax.bind(eqn.primitive, eqn.params, values)
-    outputs = rule(eqn, *values)
-    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+    if eqn.primitive.name in _jax.FUNCTIONAL:
+        return live(functools.partial(_jax.bind, eqn.primitive, eqn.params), rules)(values)
+    return _jax.rebind(eqn.primitive, eqn.params, values, [_rewritten(body.jaxpr, rules) for body in inner])
 
 
-def touched(eqn: Any, rules: Rules) -> bool:
-    """Whether a sub-graph of `eqn` holds work for a rule, at any depth."""
-    return any(_holds(body.jaxpr.jaxpr, rules) for body in _jax.bodies(eqn))
+def _checked(rules: Rules, eqn: Any, values: Sequence[Any], outputs: Any) -> list[Any]:
+    """What a rule returned, as arrays of the types that the equation has."""
+    outputs = outputs if eqn.primitive.multiple_results else [outputs]
+    avals = _jax.out_avals(eqn, values)
+    if isinstance(outputs, tuple | list) and len(outputs) == len(avals):
+        fitted = [_jax.fitted(x, aval) for x, aval in zip(outputs, avals, strict=True)]
+        if not any(x is None for x in fitted):
+            return fitted
+    types = [jax.typeof(x).str_short() if hasattr(x, "dtype") else type(x).__name__ for x in jax.tree.leaves(outputs)]
+    where = _jax.source_lines(eqn)
+    raise GraphError(
+        f"the rule of '{eqn.primitive}' in {rules.name} returned {', '.join(types) or 'nothing'} "
+        f"for {', '.join(a.str_short() for a in avals)}.",
+        at=f"{where[0][0]}:{where[0][1]} ({where[0][2]})" if where else None,
+        hint="return as many values as the equation has outputs, of their shapes and dtypes",
+    )
 
 
-def _holds(jaxpr: _jax.Jaxpr, rules: Rules) -> bool:
-    def work(eqn):
-        inner = _jax.bodies(eqn)
-        return eqn.primitive in rules.table or (rules.default is not None and not inner) or touched(eqn, rules)
+def touches(rules: Rules, eqn: Any) -> bool:
+    """Whether `rules` have work in the sub-graphs of `eqn`, at any depth.
 
+    The derivative rules of a custom_jvp or custom_vjp function are not traced yet, so they may hold some.
+    """
+    return eqn.primitive.name in _jax.WITH_DERIVATIVES or any(holds(rules, b.jaxpr.jaxpr) for b in _jax.bodies(eqn))
+
+
+def holds(rules: Rules, jaxpr: _jax.Jaxpr) -> bool:
+    """Whether `rules` have work in a jaxpr, at any depth."""
     memo = rules.memo.setdefault(jaxpr, {})
     if "holds" not in memo:
-        memo["holds"] = any(map(work, jaxpr.eqns))
+        memo["holds"] = any(
+            eqn.primitive in rules.table or touches(rules, eqn) or bool(rules.default and not _jax.bodies(eqn))
+            for eqn in jaxpr.eqns
+        )
     return memo["holds"]
 
 
-def rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules) -> _jax.ClosedJaxpr:
-    """A sub-graph with the rules applied, of the same types.
+def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules) -> _jax.Opened:
+    """A sub-graph with the rules applied, its constants and those of the rules as leading inputs.
 
-    The result is kept per sub-graph, so that what JAX compiled for it is found again at the next call; unless a rule closes
-    over values of a trace, which must not outlive it.
+    It is kept per sub-graph, so that what JAX compiled for it is found again at the next call; unless a rule closes over
+    values of a trace, which must not outlive it.
     """
     inner, context = jaxpr.jaxpr, _jax.trace_context()
     memo = rules.memo.setdefault(inner, {})
-    new = memo.get(context)
-    if new is None:
-        inputs = [*inner.constvars, *inner.invars]
-        new = _jax.stage_flat(
-            lambda *values: _evaluate(inner, rules, values), [v.aval for v in inputs], _jax.names_of(inner)
-        )
-        if not any(isinstance(c, jax.core.Tracer) for c in new.consts):
-            memo[context] = new
-    return _jax.with_leading(new, jaxpr.consts)
+    opened = memo.get(context)
+    if opened is None:
+        avals = [v.aval for v in (*inner.constvars, *inner.invars)]
+        run = lambda *values: _evaluate(inner, rules, values)
+        opened = _jax.opened(_jax.stage_flat(run, avals, _jax.names_of(inner)))
+        if not any(isinstance(c, jax.core.Tracer) for c in opened.consts):
+            memo[context] = opened
+    return _jax.Opened(opened.jaxpr, [*opened.consts, *jaxpr.consts])
 
 
 def evaluate(jaxpr: _jax.ClosedJaxpr, rules: Rules, values: Sequence[Any]) -> list[Any]:
@@ -113,7 +137,7 @@ def _evaluate(jaxpr: _jax.Jaxpr, rules: Rules, values: Sequence[Any]) -> list[An
     for eqn in jaxpr.eqns:
         with _jax.context_of(eqn):
             outputs = apply(rules, eqn, [read(v) for v in eqn.invars])
-        env.update(zip(eqn.outvars, outputs, strict=True))
+        env.update((v, x) for v, x in zip(eqn.outvars, outputs, strict=True) if v in last)
         for var in {v for v in eqn.invars if not isinstance(v, _jax.Literal) and last[v] is eqn}:
             del env[var]  # frees the memory of an eager run as it goes
     return [read(v) for v in jaxpr.outvars]
@@ -137,10 +161,10 @@ class Living(_jax.Trace):
     def process_primitive(self, primitive, values, params, /):
         """A primitive is being bound."""
         rules = self.rules
-        if primitive not in rules.table and not rules.default and not touched(Bound(primitive, params, None), rules):
+        if primitive not in rules.table and not rules.default and not touches(rules, Bound(primitive, params, None)):
             return primitive.bind_with_trace(self.parent, values, tuple(map(jax.typeof, values)), params)
         with _jax.set_current_trace(self.parent):
-            outputs = apply(rules, Bound(primitive, params), values)
+            outputs = apply(rules, Bound(primitive, params, _jax.current_source()), values)
         return outputs if primitive.multiple_results else outputs[0]
 
     def _alive(self, f):

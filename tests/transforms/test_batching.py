@@ -43,6 +43,20 @@ def test_keyword_arguments_are_mapped_along_their_first_axis_as_in_jax():
     np.testing.assert_array_equal(graph(jnp.arange(3.0), y=jnp.arange(3.0)), jnp.arange(3.0) ** 2)
 
 
+def test_no_mapped_argument():
+    graph = fg.vmap(fg.trace(jnp.sin, 1.0), None, axis_size=3)
+    np.testing.assert_array_equal(graph(1.0), jax.vmap(jnp.sin, None, axis_size=3)(1.0))
+
+
+def test_axes_that_do_not_fit_fail_as_in_jax():
+    graph = fg.trace(model, PARAMS, XS[0])
+    with pytest.raises(ValueError, match="vmap in_axes") as theirs:
+        jax.vmap(model, (None, 0, 0), axis_size=5)(PARAMS, XS)
+    with pytest.raises(ValueError, match="vmap in_axes") as ours:
+        fg.vmap(graph, (None, 0, 0), axis_size=5)
+    assert str(ours.value).split(",")[0] == str(theirs.value).split(",")[0]
+
+
 def test_named_axes():
     f = lambda x: x / lax.psum(x, "batch")
     graph = fg.vmap(fg.trace(jax.vmap(f, axis_name="batch"), jnp.ones(3)), axis_size=2)

@@ -119,7 +119,7 @@ ERRORS = {
         lambda: fg.grad(loss)({"w": 3}, X),
         "grad differentiates loss with respect to w['w'], which holds int32.\n"
         "  at      FILE (loss)\n"
-        "  try     leave it out of argnums, or cast it: w['w'].astype(float), or set allow_int=True",
+        "  try     leave it out of argnums, or cast it: float(w['w']), or set allow_int=True",
     ),
     "no array": (
         lambda: fg.jacfwd(loss, 2)(1.0, X, "mean"),
@@ -139,6 +139,22 @@ ERRORS = {
         "grad with argnums=-3 needs 3 positional arguments, and loss was called with 2.\n"
         "  at      FILE (loss)\n"
         "  try     pass what is to be differentiated by position, or change argnums: loss(w, x, mode='mean')",
+    ),
+    "a graph of a vector": (
+        lambda: fg.grad(fg.trace(lambda x: x * 2, X)),
+        "grad needs a float scalar of shape (), and <lambda> returned float32[4].\n"
+        "  try     reduce it, as in jnp.mean(<lambda>(...)), or take fg.jacrev(<lambda>)",
+    ),
+    "a graph of integers": (
+        lambda: fg.grad(fg.trace(loss, 1, X)),
+        "grad differentiates loss with respect to w, which holds int32.\n"
+        "  try     leave it out of argnums, or cast it: w.astype(float), or set allow_int=True",
+    ),
+    "variadic": (
+        lambda: fg.grad(lambda x, *rest: x, 2)(1.0, 2.0, 3),
+        "grad differentiates <lambda> with respect to rest[1], which holds int32.\n"
+        "  at      FILE (<lambda>)\n"
+        "  try     leave it out of argnums, or cast it: float(rest[1]), or set allow_int=True",
     ),
     "no function": (
         lambda: fg.grad(3.0),

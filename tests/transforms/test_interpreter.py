@@ -37,6 +37,15 @@ def test_what_no_rule_touches_is_the_same_graph():
     assert fg.rewrite(graph, COSINE) is graph
 
 
+def test_shared_sub_graphs_are_looked_at_once():
+    f = lambda x: lax.exp(x)
+    for _ in range(24):  # 2**24 calls, were each followed
+        f = (lambda g: jax.jit(lambda x: g(g(x))))(f)
+    graph = fg.trace(f, 1.0)
+    assert fg.rewrite(graph, COSINE) is graph
+    assert "1 equations" in repr(graph)
+
+
 def test_untouched_sub_graphs_stay_as_they_are():
     f = lambda x: jax.jit(lax.exp)(x) + jax.jit(lax.sin)(x)
     graph = fg.trace(f, 1.0)
@@ -46,14 +55,60 @@ def test_untouched_sub_graphs_stay_as_they_are():
     assert inner(new)[1] is not inner(graph)[1]
 
 
-def test_a_rule_must_keep_the_types():
-    bad = fg.Rules("widen", {lax.sin_p: lambda eqn, x: jnp.stack([x, x])})
-    with pytest.raises(fg.GraphError) as e:
-        fg.rewrite(fg.trace(lax.sin, 1.0), bad)
-    assert str(e.value) == (
-        "widen changed output 0 of sin from float32[] to float32[2].\n"
-        "  try     a rule returns values of the shapes and dtypes of the equation that it replaces"
-    )
+WRONG_RULES = {
+    "shape": (
+        lax.sin_p,
+        lambda eqn, x: jnp.stack([x, x]),
+        "the rule of 'sin' in bad returned float32[2] for float32[].",
+    ),
+    "dtype": (
+        lax.sin_p,
+        lambda eqn, x: x.astype(jnp.float16),
+        "the rule of 'sin' in bad returned float16[] for float32[].",
+    ),
+    "number": (
+        lax.sort_p,
+        lambda eqn, *xs: xs[0],
+        "the rule of 'sort' in bad returned float32[2] for float32[2], float32[2].",
+    ),
+    "nothing": (lax.sin_p, lambda eqn, x: (), "the rule of 'sin' in bad returned nothing for float32[]."),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: lambda x: lax.cond(True, f, f, x)])
+@pytest.mark.parametrize("case", WRONG_RULES)
+def test_a_rule_must_keep_the_types(case, wrap):
+    primitive, rule, message = WRONG_RULES[case]
+    f = wrap(lambda x: lax.sort((lax.sin(x) + jnp.zeros(2), jnp.ones(2))))
+    for run in (
+        lambda: fg.live(f, fg.Rules("bad", {primitive: rule}))(jnp.float32(1)),
+        lambda: fg.rewrite(fg.trace(f, jnp.float32(1)), fg.Rules("bad", {primitive: rule})),
+    ):
+        with pytest.raises(fg.GraphError) as e:
+            run()
+        lines = str(e.value).splitlines()
+        assert lines[0] == message
+        assert lines[1].startswith("  at      ")
+        assert "test_interpreter.py" in lines[1]
+        assert lines[2] == "  try     return as many values as the equation has outputs, of their shapes and dtypes"
+
+
+def test_numbers_and_weak_types_become_those_of_the_equation():
+    half = {lax.sin_p: lambda eqn, x: 0.5}
+    got = fg.live(lax.sin, half)(jnp.float32(1))
+    assert isinstance(got, jax.Array)
+    assert not got.weak_type
+    assert fg.rewrite(fg.trace(lax.sin, 1.0), half)(1.0).weak_type
+
+
+def test_what_is_no_graph_and_no_rule_is_named():
+    with pytest.raises(TypeError, match="rewrite takes a Graph, and got function"):
+        fg.rewrite(lambda x: x, COSINE)
+    for table in ({jnp.tanh: lambda eqn, x: x}, {"tanh": lambda eqn, x: x}, {lax.tanh_p: None}):
+        with pytest.raises(TypeError, match="mine takes rules as primitive -> function"):
+            fg.Rules("mine", table)
+        with pytest.raises(TypeError, match="takes rules as primitive -> function"):
+            fg.grad(lax.tanh, rules=table)
 
 
 def test_verify_finds_a_broken_graph():

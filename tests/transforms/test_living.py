@@ -47,7 +47,7 @@ def holders(sin):
         return jax.shard_map(body, mesh=MESH, in_specs=P("i"), out_specs=P("i"))(x)
 
     def call(x):
-        jaxpr, closed_over = _jax._open(jax.make_jaxpr(sin)(x))
+        jaxpr, closed_over = _jax.opened(jax.make_jaxpr(sin)(x))
         return _jax.bind(closed_call_p, {"call_jaxpr": jaxpr}, [*closed_over, x])[0]
 
     def nested(x):
@@ -156,19 +156,68 @@ def test_live_functions_nest():
     assert float(f(1.0)) == pytest.approx(3 * np.cos(1.0))
 
 
-def test_a_rewritten_sub_graph_is_compiled_once():
-    inner = jax.jit(lambda x: lax.sin(x) * 2)
-    f = fg.live(inner, RULES)
-    f(X)
+@pytest.mark.parametrize("rule", ["plain", "with a constant"])
+@pytest.mark.parametrize(
+    "holder", ["jit", "scan", "while", "cond", "remat", "closed_call", "nested", "custom_linear_solve"]
+)
+def test_a_rewritten_sub_graph_is_compiled_once(holder, rule):
+    table = jnp.float32([3.0])[0] if rule == "with a constant" else 2
+    rules = fg.Rules("scaled", {lax.sin_p: lambda eqn, x: lax.sin(x) * table})
+    program = holders(lax.sin)[holder]
+    inner = jax.jit(program)  # one function object, so that only what we make anew is compiled anew
+    f, in_jit = fg.live(program, rules), fg.live(inner, rules)
+    f(X), in_jit(X)
     compiled = []
     listen = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        f(X)
-        fg.live(inner, RULES)(X)
+        fg.live(inner, rules)(X)
         assert not compiled
+        program(X)  # what JAX itself compiles again at each call, for a closure made anew
+        by_jax = len(compiled)
+        f(X)
+        assert len(compiled) - by_jax <= by_jax
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@jax.custom_jvp
+def slope_by_jvp(x):
+    return 2 * x
+
+
+slope_by_jvp.defjvp(lambda primals, tangents: (2 * primals[0], tangents[0] * lax.sin(primals[0])))
+
+
+@jax.custom_vjp
+def slope_by_vjp(x):
+    return 2 * x
+
+
+slope_by_vjp.defvjp(lambda x: (2 * x, lax.sin(x)), lambda sine, ct: (ct * sine,))
+
+
+@jax.custom_vjp
+def slope_backward(x):
+    return 2 * x
+
+
+slope_backward.defvjp(lambda x: (2 * x, x), lambda x, ct: (ct * lax.sin(x),))
+
+
+@pytest.mark.parametrize("wrap", ["plain", "jit", "scan", "remat"])
+@pytest.mark.parametrize("f", [slope_by_jvp, slope_by_vjp, slope_backward])
+def test_rules_reach_derivative_rules_whose_function_holds_no_work(f, wrap):
+    wrapped = {
+        "plain": f,
+        "jit": jax.jit(f),
+        "scan": lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=1)[0],
+        "remat": jax.checkpoint(f),
+    }[wrap]
+    want = pytest.approx(2 * np.sin(1.0))
+    assert float(jax.grad(fg.live(wrapped, RULES))(1.0)) == want
+    assert float(jax.jit(jax.grad(fg.live(wrapped, RULES)))(1.0)) == want
+    assert float(jax.grad(fg.rewrite(fg.trace(wrapped, 1.0), RULES))(1.0)) == want
 
 
 @pytest.mark.parametrize("context", [jax.checking_leaks, jax.disable_jit, jax.enable_checks, jax.debug_nans])
