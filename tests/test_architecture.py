@@ -16,7 +16,7 @@ FILES = sorted([*ENGINE.rglob("*.py"), *(ROOT / "funcgrad").rglob("*.py")])
 # Each file of the engine may import what stands before it, and what ALSO names.
 ORDER = ["errors", "_jax", "arguments", "graph", "rules", "living", "interpreter"]
 TRANSFORMS = {"gradient", "batching", "compilation"}
-ALSO = {"compilation": {"retraces"}, "graph": {"listing"}, "listing": {"graph"}}
+ALSO = {"compilation": {"retraces"}, "graph": {"listing", "living"}, "listing": {"graph"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -13,13 +13,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from jax import Array
+from jax import Array, lax
 from jax._src import api_util, config, core, source_info_util, traceback_util
 from jax._src import linear_util as lu
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import _convert_element_type
 from jax._src.sharding_impls import UNSPECIFIED
 from jax._src.util import weakref_lru_cache
+from jax.sharding import get_abstract_mesh, use_abstract_mesh
 
 # Not from jax.extend, whose import costs 17 ms on JAX 0.10.
 Jaxpr = core.Jaxpr
@@ -34,6 +35,7 @@ Var = core.Var
 Trace = core.Trace
 jaxpr_as_fun = core.jaxpr_as_fun
 api_boundary = traceback_util.api_boundary
+pvary_p = core.pvary_p
 set_current_trace = core.set_current_trace
 take_current_trace = core.take_current_trace
 signature_of = api_util.fun_signature
@@ -134,6 +136,33 @@ def fitted(value: Any, aval: Any) -> Any:
     if (given.shape, given.dtype) != (aval.shape, aval.dtype):
         return None
     return value if given.weak_type == aval.weak_type and isinstance(value, Array) else cast(value, aval)
+
+
+def unforeseen(values: Sequence[Any]) -> frozenset[str]:
+    """The mesh axes along which some of these values differ, where what is bound was traced outside of the `shard_map`."""
+    return varying(values) if get_abstract_mesh().empty else frozenset()
+
+
+def varying(values: Sequence[Any]) -> frozenset[str]:
+    """The mesh axes along which some of these values differ, inside a `shard_map` that keeps account of them."""
+    found = (getattr(core.typeof(v), "manual_axis_type", None) for v in values)
+    return frozenset().union(*(m.varying for m in found if m))
+
+
+def mesh_of(values: Sequence[Any]) -> Any:
+    """A context in the mesh that varying values lie on, which an equation traced outside of it does not know."""
+    return use_abstract_mesh(next(core.typeof(v).sharding.mesh for v in values if varying([v])))
+
+
+def vary(value: Any, axes: frozenset[str]) -> Any:
+    """`value`, or a type, as one that differs along all of `axes`."""
+    if isinstance(value, core.ShapedArray) and axes:
+        sharding = value.sharding.update(mesh=get_abstract_mesh())
+        return value.update(sharding=sharding, manual_axis_type=core.ManualAxisType(varying=value.mat.varying | axes))
+    if isinstance(value, core.AbstractValue):
+        return value
+    missing = axes - varying([value])
+    return lax.pcast(value, tuple(sorted(missing)), to="varying") if missing else value
 
 
 def cast(value: Any, aval: Any) -> Any:

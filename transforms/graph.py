@@ -21,7 +21,8 @@ class Graph:
     """A traced function: an immutable value, hashable by identity, callable as the function was.
 
     It works under `jax.jit`, `jax.vmap`, `jax.grad`, `jax.shard_map` and inside other functions. A call evaluates it equation
-    by equation; `fg.jit(graph)` compiles it.
+    by equation; `fg.jit(graph)` compiles it. Reverse mode of a `jax.custom_vjp` function inside a `shard_map` needs a graph
+    that was traced inside of it too, or check_vma=False.
 
     Attributes:
       jaxpr: the closed jaxpr, its constants (closed-over arrays) in `jaxpr.consts`.
@@ -65,8 +66,16 @@ class Graph:
         Raises:
           ArgumentError: tree, shape or dtype of an argument differ from the traced ones. Also a TypeError.
         """
-        outputs = _jax.jaxpr_as_fun(self.jaxpr)(*self.leaves(*args, **kwargs))
-        arrays = [x if isinstance(x, jax.Array) else _jax.cast(x, a) for x, a in zip(outputs, self.out_avals, strict=True)]
+        leaves = self.leaves(*args, **kwargs)
+        if _jax.varying(leaves):  # inside a shard_map, whose shards were not there when the graph was traced
+            from .living import FOREIGN, evaluate
+
+            outputs = evaluate(self.jaxpr, FOREIGN, leaves)
+        else:
+            outputs = _jax.jaxpr_as_fun(self.jaxpr)(*leaves)
+        arrays = [
+            x if isinstance(x, jax.Array) else _jax.cast(x, a) for x, a in zip(outputs, self.out_avals, strict=True)
+        ]
         return tree_unflatten(self.out_tree, arrays)
 
     def leaves(self, /, *args, **kwargs) -> list[Any]:

@@ -54,8 +54,25 @@ def live(f: Callable, rules: Rules | Mapping[_jax.Primitive, Rule]) -> Callable:
     return alive
 
 
+def _same(eqn: Any, *values: Any) -> Any:
+    outputs = _jax.bind(eqn.primitive, eqn.params, values)
+    return outputs if eqn.primitive.multiple_results else outputs[0]
+
+
+# For graphs inside a shard_map that was not there when they were traced: every operation as it was, on values that vary.
+FOREIGN = Rules("foreign", default=_same)
+
+
 def apply(rules: Rules, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """The outputs of one equation: by its rule, with its sub-graphs rewritten, or as it is."""
+    axes = _jax.varying(values) if rules is FOREIGN and eqn.primitive is not _jax.pvary_p else _jax.unforeseen(values)
+    if not axes:
+        return _apply(rules, eqn, values, axes)
+    with _jax.mesh_of(values):
+        return _apply(rules, eqn, [_jax.vary(v, axes) for v in values], axes)
+
+
+def _apply(rules: Rules, eqn: Any, values: Sequence[Any], axes: frozenset[str]) -> list[Any]:
     inner = _jax.bodies(eqn)
     rule = rules.table.get(eqn.primitive) or (None if inner else rules.default)
     if rule is not None:
@@ -64,7 +81,7 @@ def apply(rules: Rules, eqn: Any, values: Sequence[Any]) -> list[Any]:
         return _jax.bind(eqn.primitive, eqn.params, values)
     if eqn.primitive.name in _jax.FUNCTIONAL:
         return live(functools.partial(_jax.bind, eqn.primitive, eqn.params), rules)(values)
-    return _jax.rebind(eqn.primitive, eqn.params, values, [_rewritten(body.jaxpr, rules) for body in inner])
+    return _jax.rebind(eqn.primitive, eqn.params, values, [_rewritten(body.jaxpr, rules, axes) for body in inner])
 
 
 def _checked(rules: Rules, eqn: Any, values: Sequence[Any], outputs: Any) -> list[Any]:
@@ -104,22 +121,24 @@ def holds(rules: Rules, jaxpr: _jax.Jaxpr) -> bool:
     return memo["holds"]
 
 
-def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules) -> _jax.Opened:
+def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules, axes: frozenset[str]) -> _jax.Opened:
     """A sub-graph with the rules applied, its constants and those of the rules as leading inputs.
+
+    Inside a `shard_map` all of its values differ along `axes`, whatever they did where it was traced.
 
     It is kept per sub-graph, so that what JAX compiled for it is found again at the next call; unless a rule closes over
     values of a trace, which must not outlive it.
     """
-    inner, context = jaxpr.jaxpr, _jax.trace_context()
+    inner, context = jaxpr.jaxpr, (axes, _jax.trace_context())
     memo = rules.memo.setdefault(inner, {})
     opened = memo.get(context)
     if opened is None:
-        avals = [v.aval for v in (*inner.constvars, *inner.invars)]
-        run = lambda *values: _evaluate(inner, rules, values)
+        avals = [_jax.vary(v.aval, axes) for v in (*inner.constvars, *inner.invars)]
+        run = lambda *values: [_jax.vary(x, axes) for x in _evaluate(inner, rules, values)]
         opened = _jax.opened(_jax.stage_flat(run, avals, _jax.names_of(inner)))
         if not any(isinstance(c, jax.core.Tracer) for c in opened.consts):
             memo[context] = opened
-    return _jax.Opened(opened.jaxpr, [*opened.consts, *jaxpr.consts])
+    return _jax.Opened(opened.jaxpr, [_jax.vary(c, axes) for c in (*opened.consts, *jaxpr.consts)])
 
 
 def evaluate(jaxpr: _jax.ClosedJaxpr, rules: Rules, values: Sequence[Any]) -> list[Any]:

@@ -191,6 +191,35 @@ def test_a_graph_is_a_function_to_every_transform_of_jax():
     assert fg.trace(graph, PARAMS, X)(PARAMS, X) == graph(PARAMS, X)
 
 
+SHARDED = {
+    "literals": lambda w, x: jnp.sin(x) * 2 + w * np.float32([0.5, 1.5]),
+    "jit": lambda w, x: jax.jit(lambda y: jnp.sin(y) * 2 * w)(x),
+    "custom_jvp": lambda w, x: jax.nn.relu(x * w) - jax.nn.silu(x),
+    "scan": lambda w, x: lax.scan(lambda c, a: (c * a, c), w * x[0], x)[1],
+    "fori_loop": lambda w, x: lax.fori_loop(0, 3, lambda i, c: jnp.sin(c) * w, x),
+    "cond": lambda w, x: lax.cond(w > 0, lambda y: y * w, lambda y: jnp.zeros_like(y) + 1, x),
+    "remat": lambda w, x: jax.checkpoint(lambda y: jnp.sin(y) * w)(x),
+    "solve": lambda w, x: jnp.linalg.solve(jnp.eye(2) * w, x),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_graph_inside_a_shard_map_that_it_does_not_know(name):
+    f, w, x = SHARDED[name], jnp.float32(1.3), jnp.linspace(0.1, 1.0, 8)
+    mesh = jax.make_mesh((4,), ("i",), (jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:4])
+    mapped = lambda h, out=P("i"): jax.shard_map(h, mesh=mesh, in_specs=(P(), P("i")), out_specs=out)
+    graph = fg.trace(f, w, x[:2])
+    np.testing.assert_allclose(jax.jit(mapped(graph))(w, x), jax.jit(mapped(f))(w, x), rtol=1e-6)
+    np.testing.assert_allclose(mapped(graph)(w, x), mapped(f)(w, x), rtol=1e-6)
+    slope = lambda h: jax.jit(jax.grad(lambda w, x: jnp.sum(mapped(h)(w, x)), (0, 1)))(w, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), slope(graph), slope(f))
+    summed = lambda h: lambda w, x: lax.psum(jnp.sum(h(w, x)), "i")
+    inner = lambda h: jax.jit(mapped(jax.grad(summed(h), (0, 1)), (P(), P("i"))))(w, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), inner(graph), inner(f))
+    with pytest.raises(ValueError, match="out_specs"):  # the shards differ, and JAX sees it
+        mapped(graph, P())(w, x)
+
+
 def test_functions_of_every_kind():
     class Model:
         def __call__(self, x):
