@@ -226,6 +226,8 @@ _BODIES = {
     "closed_call": ("call_jaxpr",),
     "core_call": ("call_jaxpr",),
     "eval_jaxpr": ("call_jaxpr", "jaxpr"),  # the same since JAX 0.11, where it was `jaxpr` before
+    "composite": ("call_jaxpr", "jaxpr"),
+    "custom_vmap_call": ("call",),
     "custom_linear_solve": ("jaxprs",),
     "custom_jvp_call": ("call_jaxpr",),
     "custom_vjp_call": ("call_jaxpr",),
@@ -235,6 +237,8 @@ _BODIES = {
 # Their parameters hold Python functions too (rules not yet traced, specs computed by tracing), so these are entered as
 # running functions: the trace's own `process_*` methods.
 FUNCTIONAL = frozenset({"custom_jvp_call", "custom_vjp_call", "shard_map"})
+# A name, or a batching rule, given to a body: what has another body does not deserve it, and is that body in place.
+INLINED = frozenset({"composite", "custom_vmap_call"})
 WITH_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 

@@ -23,8 +23,9 @@ from typing import Any
 import jax
 
 from . import _jax
+from .arguments import argument_names
 from .errors import RetraceError, location
-from .retraces import Call, Facts, Retrace, Retraces, explain, listed, times
+from .retraces import Call, Change, Facts, Retrace, Retraces, explain, listed, times
 
 
 @_jax.api_boundary
@@ -51,6 +52,7 @@ def jit(fun=None, /, *, max_retraces: int | None = None, **options):
     if fun is None:
         return functools.partial(jit, max_retraces=max_retraces, **options)
     jitted = jax.jit(fun, **options)
+    weakref.ref(fun)  # the TypeError that a call of `jitted` raises; a copy of such a one would crash
     watch = _Watch(fun, _jax.dispatch_of(jitted), max_retraces)
     watched = _jax.with_miss(jitted, watch)
     watched.retraces = Retraces(watch.name)
@@ -66,7 +68,12 @@ class _History:
     made: str = "made once"
     entries: list[Retrace] = field(default_factory=list)
     index: dict[int, int] = field(default_factory=dict)  # signature -> entry
-    facts: deque[Facts] = field(default_factory=lambda: deque(maxlen=32))  # of the latest entries, newest first
+    facts: deque[tuple[int, Facts]] = field(default_factory=lambda: deque(maxlen=32))  # by program, newest first
+
+    def explain(self, program: int, facts: Facts, level: str) -> tuple[Change, ...]:
+        """The changes from the nearest of the latest calls; where nothing was traced, of those with the same program."""
+        same = [old for known, old in self.facts if known == program and level != "trace"]
+        return explain(facts, same or [old for _, old in self.facts], level)
 
 
 _histories: weakref.WeakKeyDictionary[CodeType, dict[tuple, _History]] = weakref.WeakKeyDictionary()
@@ -101,9 +108,6 @@ class _Watch:
         self.seen: set[int] = set()
         self.name, self.miss, self.static_argnums, self.static_argnames = dispatch
         self.signature = _jax.signature_of(fun) or inspect.signature(lambda *args, **kwargs: None)
-        parameters = self.signature.parameters.values()
-        self.names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        self.rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
 
     def __reduce__(self):
         return functools.partial, (self.miss,)  # pickled, the function is jax.jit's
@@ -113,7 +117,7 @@ class _Watch:
         if self.max_retraces is not None and self.traced > self.max_retraces:
             self.check(args, kwargs)
         start = time.perf_counter()
-        with measured(self.name) as cost:
+        with _measured(self.name) as cost:
             result = self.miss(*args, **kwargs)
         size = _jax.cache_size(self.owner())
         is_known = size == self.size and not _jax.is_tracing()  # JAX asks each time of what has effects
@@ -128,7 +132,7 @@ class _Watch:
         return _history_of(self.fun)
 
     def call(self, args: tuple, kwargs: dict) -> Call:
-        names = [*self.names[: len(args)], *(f"{self.rest}[{i}]" for i in range(len(args) - len(self.names)))]
+        names = argument_names(self.signature, len(args))
         static = {names[i] for i in self.static_argnums if -len(args) <= i < len(args)} | {*self.static_argnames}
         return Call({**dict(zip(names, args, strict=True)), **kwargs}, {*kwargs}, static)
 
@@ -145,7 +149,7 @@ class _Watch:
             return  # JAX says what is wrong with the arguments
         if call.program in self.seen:
             return
-        changes = explain(self.facts(call), self.history.facts, "trace")
+        changes = self.history.explain(call.program, self.facts(call), "trace")
         raise RetraceError(
             f"{self.name} was traced {times(self.traced)}, and max_retraces={self.max_retraces} allows no more.",
             at=_caller(),
@@ -153,7 +157,7 @@ class _Watch:
             hint=changes[0].hint if changes else None,
         )
 
-    def record(self, call: Call, cost: Cost, elapsed_s: float) -> None:
+    def record(self, call: Call, cost: _Cost, elapsed_s: float) -> None:
         is_new = call.program not in self.seen
         if is_new and call.is_nested:  # of which JAX reports no time
             cost.trace_s = elapsed_s - cost.compile_s
@@ -170,9 +174,9 @@ class _Watch:
             history.entries[at] = replace(old, trace_s=trace_s, compile_s=compile_s, count=old.count + 1)
         else:
             facts = self.facts(call)
-            changes = explain(facts, history.facts, level)
+            changes = history.explain(call.program, facts, level)
             history.entries.append(Retrace(at + 1, level, changes, cost.trace_s, cost.compile_s, _caller()))
-            history.facts.appendleft(facts)
+            history.facts.appendleft((call.program, facts))
         if owner := self.owner():  # None where a copy of it is called
             owner.retraces = Retraces(self.name, tuple(history.entries))
 
@@ -189,7 +193,7 @@ def _caller() -> str:
 
 
 @dataclass
-class Cost:
+class _Cost:
     """Seconds of tracing the function of this name, and of lowering and compiling it."""
 
     name: str
@@ -199,16 +203,16 @@ class Cost:
 
 class _Running(threading.local):
     def __init__(self):
-        self.costs: list[Cost] = []  # innermost last
+        self.costs: list[_Cost] = []  # innermost last
 
 
 _running = _Running()
 
 
 @contextlib.contextmanager
-def measured(name: str) -> Iterator[Cost]:
+def _measured(name: str) -> Iterator[_Cost]:
     """What JAX reports, while this lasts, of tracing and compiling the function of this name in this thread."""
-    _running.costs.append(cost := Cost(name))
+    _running.costs.append(cost := _Cost(name))
     try:
         yield cost
     finally:
@@ -216,7 +220,7 @@ def measured(name: str) -> Iterator[Cost]:
 
 
 def _listen(event: str, seconds: float, *, fun_name: str = "", **_: Any) -> None:
-    cost = _running.costs[-1] if _running.costs else Cost("")
+    cost = _running.costs[-1] if _running.costs else _Cost("")
     if event == "/jax/core/compile/jaxpr_trace_duration" and fun_name == cost.name:
         cost.trace_s += seconds
     elif event.startswith("/jax/core/compile/") and fun_name == f"jit({cost.name})":

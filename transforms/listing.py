@@ -85,12 +85,7 @@ def _equation(eqn, names: _Names) -> str:
 
 
 def _worth_showing(value) -> bool:
-    trivial = (
-        value is None
-        or value is False
-        or value == ()
-        or (isinstance(value, tuple) and set(map(repr, value)) == {"False"})
-    )
+    trivial = value is None or value is False or (isinstance(value, tuple) and all(v is False for v in value))
     return not trivial and not callable(value)
 
 

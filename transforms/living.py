@@ -31,7 +31,8 @@ def live(f: Callable, rules: Rules | Mapping[_jax.Primitive, Rule]) -> Callable:
     """`f`, with `rules` applied to each primitive as it is bound, at any depth of sub-graphs.
 
     Args:
-      f: any function. What a generator yields later runs without the rules.
+      f: any function. What a generator yields later runs without the rules, and so do the insides of what JAX has as one
+        operation: Pallas kernels, combiners of reductions and scatters, linear_call, run_state.
       rules: the table, or a mapping from primitives to rules; an empty one gives `f` itself.
     Returns:
       A function as `f`. Values stay plain arrays or the tracers of JAX's own transforms around it.
@@ -73,15 +74,18 @@ def apply(rules: Rules, eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _apply(rules: Rules, eqn: Any, values: Sequence[Any], axes: frozenset[str]) -> list[Any]:
-    inner = _jax.bodies(eqn)
-    rule = rules.table.get(eqn.primitive) or (None if inner else rules.default)
+    is_touched = touches(rules, eqn)
+    rule = rules.table.get(eqn.primitive) or (rules.default if _is_one(eqn) and not is_touched else None)
     if rule is not None:
         return _checked(rules, eqn, values, rule(eqn, *values))
-    if not touches(rules, eqn):
+    if not is_touched:
         return _jax.bind(eqn.primitive, eqn.params, values)
     if eqn.primitive.name in _jax.FUNCTIONAL:
         return live(functools.partial(_jax.bind, eqn.primitive, eqn.params), rules)(values)
-    return _jax.rebind(eqn.primitive, eqn.params, values, [_rewritten(body.jaxpr, rules, axes) for body in inner])
+    if eqn.primitive.name in _jax.INLINED:
+        return evaluate(_jax.bodies(eqn)[0].jaxpr, rules, values)
+    new = [_rewritten(body.jaxpr, rules, axes) for body in _jax.bodies(eqn)]
+    return _jax.rebind(eqn.primitive, eqn.params, values, new)
 
 
 def _checked(rules: Rules, eqn: Any, values: Sequence[Any], outputs: Any) -> list[Any]:
@@ -102,23 +106,35 @@ def _checked(rules: Rules, eqn: Any, values: Sequence[Any], outputs: Any) -> lis
     )
 
 
-def touches(rules: Rules, eqn: Any) -> bool:
-    """Whether `rules` have work in the sub-graphs of `eqn`, at any depth.
+def touches(rules: Rules, eqn: Any, by_table: bool = False) -> bool:
+    """Whether `rules`, or the table among them, have work in the sub-graphs of `eqn`, at any depth.
 
     The derivative rules of a custom_jvp or custom_vjp function are not traced yet, so they may hold some.
     """
-    return eqn.primitive.name in _jax.WITH_DERIVATIVES or any(holds(rules, b.jaxpr.jaxpr) for b in _jax.bodies(eqn))
+    by_table = by_table or eqn.primitive.name in _jax.INLINED
+    unknown = eqn.primitive.name in _jax.WITH_DERIVATIVES and bool(rules.table if by_table else rules)
+    return unknown or any(holds(rules, body.jaxpr.jaxpr, by_table) for body in _jax.bodies(eqn))
 
 
-def holds(rules: Rules, jaxpr: _jax.Jaxpr) -> bool:
-    """Whether `rules` have work in a jaxpr, at any depth."""
-    memo = rules.memo.setdefault(jaxpr, {})
-    if "holds" not in memo:
-        memo["holds"] = any(
-            eqn.primitive in rules.table or touches(rules, eqn) or bool(rules.default and not _jax.bodies(eqn))
-            for eqn in jaxpr.eqns
+def holds(rules: Rules, jaxpr: _jax.Jaxpr, by_table: bool = False) -> bool:
+    """Whether `rules`, or the table among them, have work in a jaxpr, at any depth."""
+
+    def is_work(eqn):
+        return (
+            eqn.primitive in rules.table
+            or touches(rules, eqn, by_table)
+            or (rules.default is not None and not by_table and _is_one(eqn))
         )
-    return memo["holds"]
+
+    memo = rules.memo.setdefault(jaxpr, {})
+    if by_table not in memo:
+        memo[by_table] = any(map(is_work, jaxpr.eqns))
+    return memo[by_table]
+
+
+def _is_one(eqn: Any) -> bool:
+    """Whether an equation is one operation to a default rule."""
+    return eqn.primitive.name in _jax.INLINED or not _jax.bodies(eqn)
 
 
 def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules, axes: frozenset[str]) -> _jax.Opened:

@@ -29,6 +29,7 @@ _HINTS = {
 }
 _SELDOM_TRACED = ("sharding", "leaf", "caller")  # not the reason for a trace where something else changed too
 _SHOWN = 4  # changes printed per entry
+_LISTED, _ENDS = 20, 5  # entries printed; of more, so many at each end
 _WIDTH = 48  # characters printed of a value
 
 
@@ -77,6 +78,10 @@ class Retrace:
     caller: str
     count: int = 1
 
+    def __str__(self):
+        number, level, changes, caller = _cells(self)
+        return "  ".join((number, level, "; ".join(changes), caller))
+
 
 @dataclass(frozen=True)
 class Retraces(Sequence):
@@ -104,21 +109,37 @@ class Retraces(Sequence):
     def __str__(self):
         traced = f"traced {times(self.traced)} ({sum(entry.trace_s for entry in self.entries):.2f} s)"
         compiled = f"compiled {times(self.compiled)} ({sum(entry.compile_s for entry in self.entries):.2f} s)"
-        rows = []
-        for entry in self.entries:
-            first, *more = listed(entry.changes) or ["no visible change" if rows else "first call"]
-            level = entry.level + (f" ×{entry.count}" if entry.count > 1 else "")
-            rows += [
-                (f"#{entry.index}", level, first, os.path.basename(entry.caller)),
-                *(("", "", line, "") for line in more),
-            ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            [
-                f"{self.name}: {traced}, {compiled}",
-                *("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
-            ]
-        )
+        head = f"{self.name}: {traced}, {compiled}"
+        if len(self) <= _LISTED:
+            return "\n".join([head, *_table(self.entries)])
+        hidden = f"  … {len(self) - 2 * _ENDS} more{_most_varied(self.entries)}"
+        return "\n".join([head, *_table(self.entries[:_ENDS]), hidden, *_table(self.entries[-_ENDS:])])
+
+
+def _cells(entry: Retrace) -> tuple[str, str, list[str], str]:
+    """Number, level, lines of changes and caller, as printed."""
+    level = entry.level + (f" ×{entry.count}" if entry.count > 1 else "")
+    changes = listed(entry.changes) or ["no visible change" if entry.index > 1 else "first call"]
+    return f"#{entry.index}", level, changes, os.path.basename(entry.caller)
+
+
+def _table(entries: Sequence[Retrace]) -> list[str]:
+    rows = []
+    for entry in entries:
+        number, level, (first, *more), caller = _cells(entry)
+        rows += [(number, level, first, caller), *(("", "", line, "") for line in more)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _most_varied(entries: Sequence[Retrace]) -> str:
+    """What took the most values in all of these, and how many."""
+    values: dict[str, set[str]] = {}
+    for change in (change for entry in entries for change in entry.changes):
+        what = f"{change.where}  {change.kind}".strip()
+        values.setdefault(what, set()).update((str(change.before), str(change.now)))
+    what = max(values, key=lambda what: len(values[what]), default="")
+    return f"; {what} took {len(values[what])} values" if what else ""
 
 
 def times(n: int) -> str:

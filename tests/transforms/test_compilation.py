@@ -279,7 +279,7 @@ def test_behaves_as_jax_jit(name):
 
 
 def test_hits_and_misses_are_those_of_jax():
-    f, g = jit(power, static_argnums=1), jax.jit(lambda x, n: x**n, static_argnums=1)
+    f, g = (make(lambda x, n: x**n, static_argnums=1) for make in (jit, jax.jit))
     for x, n in [(X, 2), (X, 2), (jnp.asarray(X), 2), (X, 3), (2.0, 2), (X, 2)]:
         f(x, n), g(x, n)
     assert f._cache_size() == g._cache_size() == 4
@@ -291,6 +291,21 @@ def test_errors_of_jax_are_not_rewritten():
     with pytest.raises(TypeError) as theirs:
         jax.jit(power)("a", 3)
     assert str(ours.value) == str(theirs.value)
+
+
+def test_a_callable_without_weak_references_raises_as_in_jax():
+    class Slotted:
+        __slots__ = ()
+
+        def __call__(self, x):
+            return x * 2
+
+    fun = Slotted()
+    with pytest.raises(TypeError) as ours:
+        jit(fun)(X)
+    with pytest.raises(TypeError) as theirs:
+        jax.jit(fun)(X)
+    assert (ours.type, str(ours.value)) == (theirs.type, str(theirs.value))
 
 
 def test_tracebacks_hide_the_frames_of_funcgrad():
@@ -488,6 +503,20 @@ def test_the_nearest_earlier_call_is_compared():
     assert told(f) == [("shape", "x", (3,), (1,))]
 
 
+def test_what_was_not_traced_is_compared_with_calls_of_the_same_program():
+    f = jit(lambda x: x + 1)
+    f(J), f(np.float32(1)), f(X)
+    assert (f.retraces[-1].level, told(f)) == ("dispatch", [("leaf", "x", "jax.Array", "numpy")])
+    f(J[:2]), f(placed(J))
+    assert (f.retraces[-1].level, [change[0] for change in told(f)]) == ("compile", ["sharding", "leaf"])
+    g = jit(lambda x: x + 1)
+    g(J), g(placed(J[:2])), g(placed(J))
+    assert (g.retraces[-1].level, told(g)) == (
+        "compile",
+        [("sharding", "x", "uncommitted", str(placed(J).sharding))],
+    )
+
+
 def test_a_new_function_object_each_call():
     for _ in range(4):
         f = jit(lambda x: x + 1)  # the line
@@ -682,6 +711,29 @@ def test_text_of_many_changes_and_long_values():
     assert "and 5 more" in text
     assert "config  static …aaaaaaaaaaaaaaaaaa" in text
     assert max(map(len, text.splitlines())) < 180
+
+
+def test_text_of_one_entry():
+    f = jit(lambda x, y: x)
+    f(J, J), f(J[:2], J[:2]), f(X[:2], J[:2]), f.clear_cache(), f(X[:2], J[:2])
+    line = inspect.currentframe().f_lineno - 1
+    assert [str(entry) for entry in f.retraces] == [
+        f"#1  trace  first call  test_compilation.py:{line}",
+        f"#2  trace  x  shape (3,) -> (2,); y  shape (3,) -> (2,)  test_compilation.py:{line}",
+        f"#3  dispatch ×2  x  leaf jax.Array -> numpy  test_compilation.py:{line}",
+    ]
+
+
+def test_text_of_many_entries():
+    f = jit(lambda x, n: x, static_argnums=1)
+    for n in range(1, 21):
+        f(np.ones(n), n % 2)
+    assert len(str(f.retraces).splitlines()) == 21
+    for n in range(21, 36):
+        f(np.ones(n), n % 2)
+    _, *rows = str(f.retraces).splitlines()
+    assert [row.split()[0] for row in rows] == ["#1", "#2", "#3", "#4", "#5", "…", "#31", "#32", "#33", "#34", "#35"]
+    assert rows[5] == "  … 25 more; x  shape took 35 values"
 
 
 # ------------------------------------------------------------------------------------------------ leaks

@@ -23,6 +23,13 @@ MESH = jax.make_mesh((4,), ("i",), (jax.sharding.AxisType.Auto,), devices=jax.de
 CONSTANT = np.linspace(0, 1, 4, dtype=np.float32)
 
 
+def doubled(eqn, x):
+    return 2 * lax.sin(x)
+
+
+RULES = fg.Rules("doubled", {lax.sin_p: doubled})
+
+
 def holders(sin):
     """One program for each primitive that holds a sub-graph; `sin` is the work for the rule."""
 
@@ -109,17 +116,30 @@ def test_a_rule_that_closes_over_a_traced_value_is_applied_at_every_depth(driver
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), UNDER[under](by_rule), want)
 
 
+@jax.custom_batching.custom_vmap
+def batched_by_hand(x):
+    return lax.sin(x)
+
+
+batched_by_hand.def_vmap(lambda size, is_batched, x: (lax.sin(x) * 100, is_batched[0]))
+
+
+@pytest.mark.parametrize("f", [batched_by_hand, lambda x: lax.composite(lax.sin, "test.sin")(x)])
+def test_a_body_that_is_rewritten_stands_in_place_of_its_composite_or_batching_rule(f):
+    for run in (fg.live(f, RULES), fg.rewrite(fg.trace(f, X[0]), RULES)):
+        assert run(X[0]) == 2 * jnp.sin(X[0])
+        np.testing.assert_array_equal(jax.vmap(run)(X), 2 * jnp.sin(X))
+        np.testing.assert_allclose(jax.grad(run)(X[0]), 2 * jnp.cos(X[0]), rtol=1e-6)
+    untouched = fg.live(f, fg.Rules("cosine", {lax.cos_p: doubled}))
+    assert untouched(X[0]) == f(X[0])
+    if f is batched_by_hand:
+        np.testing.assert_array_equal(jax.vmap(untouched)(X), 100 * jnp.sin(X))
+
+
 def test_an_empty_table_gives_the_function_itself():
     f = lambda x: x
     assert fg.live(f, fg.Rules("nothing")) is f
     assert fg.differentiable(f) is f
-
-
-def doubled(eqn, x):
-    return 2 * lax.sin(x)
-
-
-RULES = fg.Rules("doubled", {lax.sin_p: doubled})
 
 
 def test_python_runs_as_it_is(capsys):
