@@ -51,8 +51,9 @@ def jit(fun=None, /, *, max_retraces: int | None = None, **options):
     """
     if fun is None:
         return functools.partial(jit, max_retraces=max_retraces, **options)
+    if callable(fun):
+        weakref.ref(fun)  # the TypeError that jax.jit raises at the first call; its second wrapper of `fun` would crash
     jitted = jax.jit(fun, **options)
-    weakref.ref(fun)  # the TypeError that a call of `jitted` raises; a copy of such a one would crash
     watch = _Watch(fun, _jax.dispatch_of(jitted), max_retraces)
     watched = _jax.with_miss(jitted, watch)
     watched.retraces = Retraces(watch.name)
