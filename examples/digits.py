@@ -80,7 +80,7 @@ def draw(path, log, images, labels, guesses):
     axes.semilogy(log.metrics["loss"], lw=0.6, alpha=0.4, color="tab:blue")
     window = np.ones(50) / 50
     axes.semilogy(np.arange(49, log.steps), np.convolve(log.metrics["loss"], window, "valid"), color="tab:blue")
-    axes.set(xlabel="step", ylabel="cross-entropy", title="training loss, and its mean over 50 steps")
+    axes.set(xlabel="step", ylabel="cross-entropy, labels smoothed", title="training loss, and its mean over 50 steps")
     right.suptitle(f"misread: {len(wrong)} of {len(labels)}")
     for cell, k in zip(right.subplots(2, 5, squeeze=False).flat, [*wrong[:10], *[None] * 10], strict=False):
         cell.axis("off")
@@ -95,10 +95,11 @@ def main(path: str = "digits.png") -> float:
     params, model_state = model.init(jax.random.key(0), images[:1])
 
     evaluate = fg.jit(lambda params, state, images: model.apply(params, state, images, train=False)[0])
-    graph = fg.trace(
-        lambda params, images: model.apply(params, model_state, images, train=False)[0], params, images[:1]
-    )
-    print(graph)
+
+    def classify(params, images):
+        return model.apply(params, model_state, images, train=False)[0]
+
+    print(fg.trace(classify, params, images[:1]))
     print(f"\n{sum(p.size for p in jax.tree.leaves(params)):,} parameters\n")
 
     update = fg.step(loss, optax.adamw(optax.cosine_decay_schedule(3e-3, STEPS), weight_decay=1e-3))

@@ -8,6 +8,8 @@ _here = _pathlib.Path(__file__).parent
 if not (_here / "transforms").exists():  # a checkout: the engine lies beside this folder; installed, it lies inside it
     _engine = _here.parent / "transforms"
     _spec = _util.spec_from_file_location(f"{__name__}.transforms", _engine / "__init__.py")
+    assert _spec is not None
+    assert _spec.loader is not None
     _sys.modules[_spec.name] = transforms = _util.module_from_spec(_spec)
     _spec.loader.exec_module(transforms)
 

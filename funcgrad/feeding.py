@@ -36,7 +36,7 @@ def prefetch(batches: Iterable[Any], size: int = 2, sharding: Any = None) -> Fee
     Returns:
       A Feed: an iterator, and a context manager that closes it.
     Raises:
-      ArgumentError: `batches` is not iterable.
+      ArgumentError: `batches` is not iterable, or is one batch: an array, a tuple of arrays or a dict.
       OptionError: `size` is below 1.
       DataError: at the consumer, a leaf of a batch is not an array.
 
@@ -123,6 +123,10 @@ def _stop(thread: threading.Thread, slots: threading.Semaphore, closed: threadin
 
 def source(batches: Iterable[Any], name: str) -> Any:
     """`iter(batches)`, or an ArgumentError that speaks of `name`."""
+    is_array = lambda x: isinstance(x, np.ndarray | jax.Array)
+    if isinstance(batches, dict) or is_array(batches) or (isinstance(batches, tuple) and all(map(is_array, batches))):
+        what = f"{name} needs an iterable of batches, and got one batch: {type(batches).__name__}."
+        raise ArgumentError(what, hint="[batch] * steps, or a generator of batches")
     try:
         return iter(batches)
     except TypeError:

@@ -29,7 +29,7 @@ def test_digits_learns_in_a_few_steps(tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert accuracy > 0.8
     assert lines[-1] == f"accuracy {accuracy:.4f}"
-    assert lines[0].startswith("<lambda>(params['batch_norm_0']['bias']: f32[32]")
+    assert lines[0].startswith("classify(params['batch_norm_0']['bias']: f32[32]")
     assert "    conv_0:" in lines
     assert any(re.fullmatch(r"[\d,]+ parameters", line) for line in lines)
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")

@@ -198,7 +198,9 @@ def _axes(window):
 
 def _window(name, window) -> tuple[int, ...]:
     if not isinstance(window, Sequence) or not 1 <= len(window) <= 3:
-        raise OptionError(f"{name} needs a window of 1 to 3 sizes, and got {window!r}.", hint=f"nn.{name}(..., (3, 3))")
+        size, before = window if isinstance(window, int) else 2, "features, " if name == "conv" else ""
+        hint = f"nn.{name}({before}({size}, {size}))"
+        raise OptionError(f"{name} needs a window of 1 to 3 sizes, and got {window!r}.", hint=hint)
     return tuple(window)
 
 

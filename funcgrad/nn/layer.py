@@ -8,6 +8,7 @@ layer without params, or without state, has no entry there.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..transforms.errors import ArgumentError
+from ..transforms.errors import ArgumentError, OptionError
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Layer:
     name: str
 
     def __post_init__(self):
-        object.__setattr__(self, "init", _scoped(self.init, self.name))
-        object.__setattr__(self, "apply", _scoped(self.apply, self.name))
+        object.__setattr__(self, "init", _scoped(self.init, self.name, "init"))
+        object.__setattr__(self, "apply", _scoped(self.apply, self.name, "apply"))
 
     def __call__(self, params, x):
         """The output y of a layer that has no state and needs no key, where training and evaluation are one.
@@ -61,12 +62,16 @@ class Layer:
         return Layer(self.init.__wrapped__, self.apply.__wrapped__, name)  # type: ignore[attr-defined]
 
 
-def _scoped(run: Callable, name: str) -> Callable:
+def _scoped(run: Callable, name: str, role: str) -> Callable:
     """`run` under a named scope, which an error raised in it is noted with."""
+    if _is_ours(run) and "<locals>" in run.__qualname__:
+        run.__qualname__ = f"{name}.{role}"  # Python says it where an argument is missing
 
     @wraps(run)
     def scoped(*args, **kwargs):
         try:
+            if role == "init":
+                _check_no_shape(args[1] if len(args) > 1 else kwargs.get("x"))
             with jax.named_scope(name):
                 return run(*args, **kwargs)
         except Exception as error:
@@ -74,6 +79,18 @@ def _scoped(run: Callable, name: str) -> Callable:
             raise
 
     return scoped
+
+
+def _is_ours(f) -> bool:
+    return str(getattr(f, "__module__", "")).startswith(f"{__package__}.")
+
+
+def _check_no_shape(x) -> None:
+    if isinstance(x, tuple) and all(isinstance(size, int) for size in x):
+        raise ArgumentError(
+            f"init needs an array, or its shape and dtype, and got the tuple {x}.",
+            hint=f"jax.ShapeDtypeStruct({x}, jnp.float32)",
+        )
 
 
 def stateless(init: Callable, call: Callable, name: str) -> Layer:
@@ -183,11 +200,22 @@ def _chain(layers: dict[str, Layer]) -> tuple[Callable, Callable]:
         keys = [None] * len(layers) if key is None else jax.random.split(key, len(layers))
         after = {}
         for (name, layer), key in zip(layers.items(), keys, strict=True):
-            x, s = layer.apply(params.get(name, {}), state.get(name, {}), x, key=key, train=train)
+            try:
+                x, s = layer.apply(params.get(name, {}), state.get(name, {}), x, key=key, train=train)
+            except KeyError:
+                if name in params or not _has_params(layer, x):
+                    raise
+                what, hint = f"params hold nothing for the layer {name!r}.", "pass the params that init returned"
+                raise ArgumentError(what, hint=hint) from None
             after |= _entry(name, s)
         return x, after
 
     return init, apply
+
+
+def _has_params(layer, x) -> bool:
+    params, _ = jax.eval_shape(layer.init, jax.random.key(0), x)
+    return bool(jax.tree.leaves(params))
 
 
 def _entry(name, tree):
@@ -213,6 +241,9 @@ def _layer(f) -> Layer:
     if not callable(f):
         raise ArgumentError(f"{f!r} is neither a layer nor a function of x.", hint="nn.dense(64), or jnp.tanh")
     name = getattr(f, "__name__", type(f).__name__).strip("<>")
+    if _is_ours(f) and getattr(f, "__annotations__", {}).get("return") == "Layer":
+        needed = [p.name for p in inspect.signature(f).parameters.values() if p.default is p.empty]
+        raise OptionError(f"nn.{name} was not called.", hint=f"nn.{name}({', '.join(needed)})")
     return stateless(lambda key, x: {}, lambda params, x: f(x), name)
 
 
@@ -229,10 +260,11 @@ def check(name: str, x, axes: str, features: int | None = None) -> None:
     """Raises an ArgumentError unless x has the named axes, as in "time, features", and `features` in the last."""
     least = axes.count(",") + 1
     if x.ndim < least:
+        move = f"move {name} before flatten, or " if "width" in axes else ""
         raise ArgumentError(
             f"{name} needs x of shape [..., {axes}].",
             inputs=f"x {shown(x)}",
-            hint="add an axis of size 1, as in x[None] or x[..., None]",
+            hint=f"{move}add an axis of size 1, as in x[None] or x[..., None]",
         )
     if features is not None and x.shape[-1] != features:
         raise ArgumentError(

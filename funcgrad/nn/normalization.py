@@ -43,8 +43,8 @@ def batch_norm(*, momentum: float = 0.99, epsilon: float = 1e-5) -> Layer:
     def apply(params, state, x, *, key=None, train):
         if not state:
             raise ArgumentError(
-                "batch_norm needs its state, and layer(params, x) gives it none.",
-                hint="y, state = layer.apply(params, state, x, train=True), with the state from layer.init(key, x)",
+                "batch_norm needs its state: pass state to apply.",
+                hint="y, state = layer.apply(params, state, x, train=True), state from init; layer(params, x) has none",
             )
         check("batch_norm", x, "channels", len(params["scale"]))
         mean, var = state["mean"], state["var"]

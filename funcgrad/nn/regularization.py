@@ -30,8 +30,8 @@ def dropout(rate: float) -> Layer:
             return x, {}
         if key is None:
             raise ArgumentError(
-                "dropout needs a key in training, and layer(params, x) gives it none.",
-                hint="layer.apply(params, state, x, key=key, train=True), or train=False to leave x as it is",
+                "dropout needs a key in training: pass key= to apply.",
+                hint="layer.apply(params, state, x, key=key, train=True), or train=False; layer(params, x) has no key",
             )
         return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0), {}
 

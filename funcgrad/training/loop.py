@@ -78,7 +78,8 @@ def train(
     Raises:
       NotFiniteError: the "loss" became NaN or infinite; says at which step, and what in the batch was so already.
       DataError: no batch at all, a batch unlike the first in tree, shape or dtype, or one that is not of arrays.
-      ArgumentError: the step changes the tree, shapes or dtypes of the state, or does not return (state, metrics).
+      ArgumentError: the step changes the tree, shapes or dtypes of the state, or does not return (state, metrics);
+        `batches` is one batch: an array, a tuple of arrays or a dict.
       OptionError: `steps`, `chunk` or `hooks` make no sense.
       Whatever ends the training, be it raised by `batches` or a KeyboardInterrupt, carries the `.state` after the steps
       before it and the `.log`. A NotFiniteError comes up to 40 steps or two chunks late; its `.state` is the latest.
@@ -147,6 +148,8 @@ class _Run:
                 self.settle(check=False)
             self.ended = type(error).__name__
             vars(error).update(state=self.state, log=self.log())
+            if self.done:
+                error.add_note(f"steps done: {self.done:,}. `.state` on this exception holds them, `.log` the metrics")
             raise
         finally:
             if ours:

@@ -566,15 +566,15 @@ X = jnp.ones((2, 6))
 MESSAGES = {
     "state": (
         lambda: nn.serial(nn.batch_norm())({"batch_norm": {"scale": X[0], "bias": X[0]}}, X),
-        """batch_norm needs its state, and layer(params, x) gives it none.
-  try     y, state = layer.apply(params, state, x, train=True), with the state from layer.init(key, x)
+        """batch_norm needs its state: pass state to apply.
+  try     y, state = layer.apply(params, state, x, train=True), state from init; layer(params, x) has none
   in      batch_norm
   in      serial""",
     ),
     "key": (
         lambda: nn.serial(jnp.tanh, nn.dropout(0.5), nn.dropout(0.5))({}, X),
-        """dropout needs a key in training, and layer(params, x) gives it none.
-  try     layer.apply(params, state, x, key=key, train=True), or train=False to leave x as it is
+        """dropout needs a key in training: pass key= to apply.
+  try     layer.apply(params, state, x, key=key, train=True), or train=False; layer(params, x) has no key
   in      dropout_0
   in      serial""",
     ),
@@ -589,7 +589,7 @@ MESSAGES = {
         lambda: nn.conv(3, (3, 3)).init(KEY, X),
         """conv needs x of shape [..., height, width, channels].
   inputs  x float32[2,6]
-  try     add an axis of size 1, as in x[None] or x[..., None]
+  try     move conv before flatten, or add an axis of size 1, as in x[None] or x[..., None]
   in      conv""",
     ),
     "groups": (
@@ -624,6 +624,25 @@ MESSAGES = {
         lambda: nn.serial(nn.dense(2), jnp.tanh)({"dense_0": {}, "dense_1": {}}, X),
         """params hold ['dense_0', 'dense_1'], and the layers are ['dense', 'tanh'].
   try     pass the params that this layer's own init returned
+  in      serial""",
+    ),
+    "no params": (
+        lambda: nn.serial(nn.serial(jnp.tanh, nn.dense(2)))({}, X),
+        """params hold nothing for the layer 'dense'.
+  try     pass the params that init returned
+  in      serial
+  in      serial""",
+    ),
+    "no params in a scan": (
+        lambda: nn.repeat(nn.dense(6), 2)({}, X),
+        """params hold nothing for the layer 'dense'.
+  try     pass the params that init returned
+  in      repeat""",
+    ),
+    "shape": (
+        lambda: nn.serial(nn.dense(2)).init(KEY, (5, 4)),
+        """init needs an array, or its shape and dtype, and got the tuple (5, 4).
+  try     jax.ShapeDtypeStruct((5, 4), jnp.float32)
   in      serial""",
     ),
     "residual": (
@@ -680,6 +699,39 @@ def test_options(case):
     with pytest.raises(OptionError) as caught:
         call()
     assert str(caught.value).splitlines()[0] == expected
+
+
+def test_options_with_a_next_step():
+    for make, expected in [
+        (lambda: nn.serial(nn.dense, jnp.tanh), "nn.dense was not called.\n  try     nn.dense(features)"),
+        (lambda: nn.repeat(nn.layer_norm, 2), "nn.layer_norm was not called.\n  try     nn.layer_norm()"),
+        (
+            lambda: nn.max_pool(2),
+            "max_pool needs a window of 1 to 3 sizes, and got 2.\n  try     nn.max_pool((2, 2))",
+        ),
+        (
+            lambda: nn.conv(8, 3),
+            "conv needs a window of 1 to 3 sizes, and got 3.\n  try     nn.conv(features, (3, 3))",
+        ),
+    ]:
+        with pytest.raises(OptionError) as caught:
+            make()
+        assert str(caught.value) == expected
+
+
+def test_a_key_error_of_the_users_own_stays():
+    with pytest.raises(KeyError, match="mine"):
+        nn.serial(lambda x: {}["mine"])({}, X)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.serial(jnp.tanh), nn.residual(jnp.tanh), nn.repeat(nn.dense(6), 2), nn.dropout(0.5), nn.batch_norm()]
+)
+def test_missing_arguments_are_said_of_the_layer(layer):
+    for call, role in ((lambda: layer.apply({}, {}, X), "apply"), (lambda: layer.init(KEY), "init")):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert str(caught.value).startswith(f"{layer.name}.{role}() missing 1 required ")
 
 
 @each_layer

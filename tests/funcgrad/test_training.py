@@ -537,6 +537,79 @@ def test_the_bar_shows_loss_speed_and_time_left(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("loss", "options", "given", "expected"),
+    [
+        (
+            lambda params, batch: params,
+            {},
+            {"key": 0, "model_state": 0},
+            "init was given key, model_state, and <lambda> does not take it by keyword.\n"
+            "  at      (<lambda>)\n"
+            "  try     def <lambda>(params, batch, *, key, model_state), or leave key, model_state out of init",
+        ),
+        (
+            lambda params, batch, key: params,
+            {},
+            {"key": 0, "model_state": 0},
+            "init was given model_state, and <lambda> does not take it by keyword.\n"
+            "  at      (<lambda>)\n"
+            "  try     def <lambda>(params, batch, *, key, model_state), or leave model_state out of init",
+        ),
+        (
+            lambda params, batch: (params, {}),
+            {},
+            {},
+            "step needs <lambda> to return a scalar, but it returned (float32[], dict).\n"
+            "  at      (<lambda>)\n"
+            "  try     fg.step(..., has_aux=True), where it returns metrics too",
+        ),
+        (
+            lambda params, batch, model_state: params,
+            {},
+            {"model_state": 0},
+            "step needs <lambda> to return scalar, model_state, but it returned float32[].\n"
+            "  at      (<lambda>)\n"
+            "  try     return scalar, model_state",
+        ),
+        (
+            lambda params, batch, **given: (params, {}),
+            {"has_aux": True},
+            {"model_state": 0},
+            'step needs <lambda> to return scalar, (model_state, {"accuracy": accuracy}), '
+            "but it returned (float32[], dict).\n"
+            "  at      (<lambda>)\n"
+            '  try     return scalar, (model_state, {"accuracy": accuracy})',
+        ),
+    ],
+    ids=["takes neither", "takes one", "metrics unasked", "no model_state", "no pair in the pair"],
+)
+def test_a_loss_that_does_not_fit_init(loss, options, given, expected):
+    update = step(loss, optax.sgd(0.1), **options)
+    given = {name: jax.random.key(value) if name == "key" else jnp.float32(value) for name, value in given.items()}
+    error = failing(update, update.init(jnp.float32(1), **given), numbers(1), steps=1)
+    assert isinstance(error, NotScalarError if expected.endswith("metrics too") else ArgumentError)
+    assert message(error) == expected
+
+
+def test_params_in_place_of_the_state():
+    error = failing(step(loss, optax.sgd(0.1)), parameters(), data(1), steps=1)
+    assert isinstance(error, ArgumentError)
+    assert message(error) == (
+        "an update needs the TrainState that its init returned, and got dict.\n  try     pass update.init(params)"
+    )
+
+
+@pytest.mark.parametrize(("leaf", "dtype"), [(jnp.int32(3), "int32"), (np.arange(3), "int64"), (3, "int64")])
+def test_integer_params(leaf, dtype):
+    with pytest.raises(ArgumentError) as error:
+        step(loss, optax.sgd(0.1)).init({"w": jnp.ones(3), "n": leaf})
+    assert str(error.value) == (
+        f"step differentiates by floats, and params['n'] holds {dtype}.\n"
+        "  try     keep integers in model_state or in the batch"
+    )
+
+
 # What goes wrong
 
 
@@ -648,15 +721,23 @@ def test_a_producer_that_raises(chunk, wrap):
 
     error = failing(mean, jnp.float32(0), wrap(batches()), steps=10, chunk=chunk)
     assert type(error) is OSError
+    assert error.__notes__ == ["steps done: 6. `.state` on this exception holds them, `.log` the metrics"]
     assert_close(error.state, by_hand(mean, jnp.float32(0), numbers(6))[0])
     assert error.log.metrics["seen"].tolist() == list(range(6))
 
 
 @pytest.mark.parametrize("chunk", ["auto", 1, 4])
 def test_a_keyboard_interrupt_loses_nothing(chunk):
-    signalled = threading.Event()
+    running, signalled = threading.Event(), threading.Event()
+
+    def batches():
+        for number, batch in enumerate(itertools.cycle(numbers(7))):
+            if number == 50:
+                running.set()
+            yield batch
 
     def interrupt():
+        running.wait()  # a compilation takes as long as it takes
         time.sleep(0.3)
         signalled.set()
         signal.raise_signal(signal.SIGINT)
@@ -665,7 +746,7 @@ def test_a_keyboard_interrupt_loses_nothing(chunk):
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt) as error:
-        train(mean, jnp.float32(0), itertools.cycle(numbers(7)), steps=10**9, chunk=chunk)
+        train(mean, jnp.float32(0), batches(), steps=10**9, chunk=chunk)
     thread.join()
     assert signal.getsignal(signal.SIGINT) is before
     log, seen = error.value.log, error.value.log.metrics["seen"]
@@ -755,6 +836,11 @@ def test_bad_arguments():
     assert message(failing(mean, zero, lambda: numbers(1), steps=1)) == (
         "train cannot iterate over batches: function.\n  try     call it: batches()"
     )
+    for batch in ({"x": np.ones(3)}, (np.ones(3), np.ones(3)), np.ones(3)):
+        assert message(failing(mean, zero, batch, steps=1)) == (
+            f"train needs an iterable of batches, and got one batch: {type(batch).__name__}.\n"
+            "  try     [batch] * steps, or a generator of batches"
+        )
     assert message(failing(mean, zero, numbers(1), steps=0)) == "train needs steps of at least 1, not 0."
     for chunk in (0, "all"):
         error = failing(mean, zero, numbers(1), steps=1, chunk=chunk)
