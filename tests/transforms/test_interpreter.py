@@ -131,9 +131,7 @@ def test_ten_thousand_equations_are_rewritten_in_seconds():
     assert len(graph.eqns) == 10_000
     started = time.process_time()
     new = fg.rewrite(graph, COSINE)
-    assert (
-        time.process_time() - started < 5
-    )  # 0.6 s on a quiet core; the bound of 2 s is held by benchmarks/rewriting.py
+    assert time.process_time() - started < 2  # seconds; 0.4 on a quiet core
     assert len(new.eqns) == 10_000
 
 
