@@ -17,78 +17,11 @@ from .transforms._jax import hide as _hide  # isort: skip
 
 _hide(str(_here))
 
-from . import nn
+from . import nn, transforms
 from .feeding import prefetch
 from .training import step, train
-from .transforms import (
-    ArgumentError,
-    DataError,
-    DuplicateRule,
-    FuncgradError,
-    Graph,
-    GraphError,
-    MissingExtra,
-    MissingRule,
-    NotFiniteError,
-    NotScalarError,
-    OptionError,
-    RetraceError,
-    Rules,
-    differentiable,
-    grad,
-    hessian,
-    interpret,
-    jacfwd,
-    jacobian,
-    jacrev,
-    jit,
-    jvp,
-    linearize,
-    live,
-    rewrite,
-    trace,
-    value_and_grad,
-    verify,
-    vjp,
-    vmap,
-    walk,
-)
+from .transforms import *  # noqa: F403 - what its page lists
 
 __version__ = "0.1.0"
-__all__ = [
-    "ArgumentError",
-    "DataError",
-    "DuplicateRule",
-    "FuncgradError",
-    "Graph",
-    "GraphError",
-    "MissingExtra",
-    "MissingRule",
-    "NotFiniteError",
-    "NotScalarError",
-    "OptionError",
-    "RetraceError",
-    "Rules",
-    "differentiable",
-    "grad",
-    "hessian",
-    "interpret",
-    "jacfwd",
-    "jacobian",
-    "jacrev",
-    "jit",
-    "jvp",
-    "linearize",
-    "live",
-    "nn",
-    "prefetch",
-    "rewrite",
-    "step",
-    "trace",
-    "train",
-    "value_and_grad",
-    "verify",
-    "vjp",
-    "vmap",
-    "walk",
-]
+__all__ = ["nn", "prefetch", "step", "train"]
+__all__ += transforms.__all__

@@ -224,7 +224,7 @@ _BODIES = {
     "cond": ("branches",),
     "remat2": ("jaxpr",),
     "closed_call": ("call_jaxpr",),
-    "core_call": ("call_jaxpr",),
+    "call": ("call_jaxpr",),
     "eval_jaxpr": ("call_jaxpr", "jaxpr"),  # the same since JAX 0.11, where it was `jaxpr` before
     "composite": ("call_jaxpr", "jaxpr"),
     "custom_vmap_call": ("call",),

@@ -40,10 +40,6 @@ class OptionError(FuncgradError, ValueError):
     """An option of a transform does not fit the function or the arguments."""
 
 
-class MissingRule(FuncgradError, NotImplementedError):
-    """A pass has no rule for a primitive, and its table states no default."""
-
-
 class DuplicateRule(FuncgradError, ValueError):
     """A table already has a rule for the primitive."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from funcgrad.transforms import _jax
 from jax import lax
-from jax.extend.core.primitives import closed_call_p
+from jax.extend.core.primitives import call_p, closed_call_p
 from jax.sharding import PartitionSpec as P
 
 import funcgrad as fg
@@ -53,9 +53,10 @@ def holders(sin):
         body = lambda y: lax.psum(sin(y), "i") * sin(y)
         return jax.shard_map(body, mesh=MESH, in_specs=P("i"), out_specs=P("i"))(x)
 
-    def call(x):
+    def call(primitive, x):
         jaxpr, closed_over = _jax.opened(jax.make_jaxpr(sin)(x))
-        return _jax.bind(closed_call_p, {"call_jaxpr": jaxpr}, [*closed_over, x])[0]
+        jaxpr = jaxpr.jaxpr if primitive is call_p else jaxpr  # open on JAX 0.10; since then the two are one
+        return _jax.bind(primitive, {"call_jaxpr": jaxpr}, [*closed_over, x])[0]
 
     def nested(x):
         leaf = lambda z: lax.cond(z[0] > 0, with_vjp, lambda q: -q, z)
@@ -74,7 +75,8 @@ def holders(sin):
         "custom_jvp": with_jvp,
         "custom_linear_solve": solve,
         "shard_map": shards,
-        "closed_call": call,
+        "closed_call": lambda x: call(closed_call_p, x),
+        "call": lambda x: call(call_p, x),
         "nested": nested,
     }
 
