@@ -1,6 +1,4 @@
-"""What a call costs: `fg.jit` beside `jax.jit`, interleaved in one process.
-
-    python benchmarks/dispatch.py [--json out.json] [--rounds 40]
+"""What a call costs: `fg.jit` beside `jax.jit`, with 2 and with 200 leaves.
 
 A hit is a call that JAX dispatches from its cache. A nested call is one inside another trace, a callback one to a
 function with effects: JAX dispatches neither from its cache, so the watch of `fg.jit` runs each time.
@@ -8,72 +6,63 @@ function with effects: JAX dispatches neither from its cache, so the watch of `f
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from funcgrad.transforms.compilation import jit
+import numpy as np
+
+import funcgrad as fg
+
+from .interleaving import Figure, calls_within, interleaved, ratio
+
+COLUMNS = {"call": "", "leaves": "d", "jax_us": ".2f", "funcgrad_us": ".2f", "difference_us": "+.2f", "ratio": ".3f"}
+MOST_US = 1.0
 
 
-def hit(jit, params):
+def hit(jit: Callable, params: dict) -> Callable:
     step = jit(lambda params: params["w0"] + 1)
     return lambda: step(params)
 
 
-def nested(jit, params):
+def nested(jit: Callable, params: dict) -> Callable:
     step = jit(lambda params: params["w0"] + 1)
     return lambda: jax.eval_shape(lambda p: step(p), params)
 
 
-def callback(jit, params):
+def callback(jit: Callable, params: dict) -> Callable:
     step = jit(lambda params: jax.debug.callback(lambda x: None, params["w0"]))
     return lambda: step(params)
 
 
-def interleaved(calls, rounds, number):
-    """CPU-µs per call, one list of rounds for each of `calls`, which take turns."""
-    took = [[] for _ in calls]
-    for call in calls:
-        call()
-    for turn in range(rounds):
-        order = range(len(calls)) if turn % 2 else reversed(range(len(calls)))
-        for k in order:
-            call, start = calls[k], time.process_time()
-            for _ in range(number):
-                call()
-            took[k].append((time.process_time() - start) / number * 1e6)
-    return took
+def run(quick: bool) -> list[dict[str, Any]]:
+    return [
+        measured(call, leaves, rounds=5 if quick else 41, turn_s=0.01 if quick else 0.05)
+        for call in (hit, nested, callback)
+        for leaves in (2, 200)
+    ]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", help="write the results to this file")
-    parser.add_argument("--rounds", type=int, default=40)
-    options = parser.parse_args()
-    rows = []
-    for name, make, number in (("hit", hit, 20_000), ("nested", nested, 50), ("callback", callback, 50)):
-        for leaves in (2, 200):
-            params = {f"w{i}": jnp.ones(()) for i in range(leaves)}
-            calls = [make(jit, params), make(jax.jit, params)]
-            ours, theirs = interleaved(calls, options.rounds, max(20, 2 * number // leaves))
-            a, b = min(ours), min(theirs)
-            rows.append(
-                {"call": name, "leaves": leaves, "jax_us": b, "funcgrad_us": a, "difference_us": a - b, "ratio": a / b}
-            )
-    print(f"JAX {jax.__version__}, {jax.default_backend()}, {platform.machine()}: least of {options.rounds} rounds")
-    print(f"{'call':<10}{'leaves':>7}{'jax.jit µs':>12}{'fg.jit µs':>12}{'difference µs':>15}{'ratio':>8}")
-    for row in rows:
-        print(
-            f"{row['call']:<10}{row['leaves']:>7}{row['jax_us']:>12.2f}{row['funcgrad_us']:>12.2f}"
-            f"{row['difference_us']:>+15.2f}{row['ratio']:>8.3f}"
-        )
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"jax": jax.__version__, "backend": jax.default_backend(), "rows": rows}, file, indent=2)
+def measured(call: Callable, leaves: int, rounds: int, turn_s: float) -> dict[str, Any]:
+    params = {f"w{i}": jnp.ones(()) for i in range(leaves)}
+    ours, theirs = call(fg.jit, params), call(jax.jit, params)
+    ours()  # compiles
+    took = interleaved(ours, theirs, rounds=rounds, calls=calls_within(turn_s, theirs)).cpu_s
+    return {
+        "call": call.__name__,
+        "leaves": leaves,
+        "jax_us": float(np.median(took[1])) * 1e6,
+        "funcgrad_us": float(np.median(took[0])) * 1e6,
+        "difference_us": float(np.median(took[0] - took[1])) * 1e6,
+        "ratio": ratio(*took),
+    }
 
 
-if __name__ == "__main__":
-    main()
+def figures(rows: list[dict[str, Any]]) -> list[Figure]:
+    """What has no target: a nested call, where tracing costs far more, and a callback."""
+    return [
+        Figure(f"hit with {row['leaves']} leaves: more than jax.jit, us", row["difference_us"], most=MOST_US)
+        for row in rows
+        if row["call"] == "hit"
+    ]

@@ -1,4 +1,4 @@
-"""Every example in a docstring and in the README runs and prints what it says."""
+"""Every example in a docstring, in the README and in docs/ runs and prints what it says."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def test_docstrings(name):
 
 
 @pytest.mark.standard_promotion
-def test_readme():
-    failed, attempted = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=FLAGS)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem
+)
+def test_pages(page):
+    failed, attempted = doctest.testfile(str(page), module_relative=False, optionflags=FLAGS)
     assert attempted > 10
     assert not failed

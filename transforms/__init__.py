@@ -18,11 +18,27 @@ from .errors import (
     OptionError,
     RetraceError,
 )
-from .gradient import differentiable, grad, hessian, jacfwd, jacobian, jacrev, jvp, linearize, value_and_grad, vjp
+from .gradient import (
+    differentiable,
+    grad,
+    halves,
+    hessian,
+    jacfwd,
+    jacobian,
+    jacrev,
+    jvp,
+    linearize,
+    value_and_grad,
+    vjp,
+)
 from .graph import Graph, trace, walk
 from .interpreter import interpret, rewrite, verify
 from .living import live
+from .patterns import Replaced, replace
+from .probes import patch, tap
+from .residuals import Halves, Residual
 from .rules import Rules
+from .selecting import Site, op
 
 __all__ = [
     "ArgumentError",
@@ -31,14 +47,19 @@ __all__ = [
     "FuncgradError",
     "Graph",
     "GraphError",
+    "Halves",
     "MissingExtra",
     "NotFiniteError",
     "NotScalarError",
     "OptionError",
+    "Replaced",
+    "Residual",
     "RetraceError",
     "Rules",
+    "Site",
     "differentiable",
     "grad",
+    "halves",
     "hessian",
     "interpret",
     "jacfwd",
@@ -48,7 +69,11 @@ __all__ = [
     "jvp",
     "linearize",
     "live",
+    "op",
+    "patch",
+    "replace",
     "rewrite",
+    "tap",
     "trace",
     "value_and_grad",
     "verify",

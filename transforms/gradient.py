@@ -6,21 +6,26 @@ Each verb has JAX's own signature, positional options included. A function gives
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.tree_util import keystr, tree_leaves, tree_leaves_with_path
+import numpy as np
+from jax.dtypes import float0
+from jax.tree_util import keystr, tree_flatten, tree_leaves, tree_leaves_with_path, tree_unflatten
 
 from . import _jax
 from .arguments import argument_names, name_of
 from .errors import ArgumentError, NotScalarError, OptionError, location
-from .graph import Graph
+from .graph import Graph, trace
 from .living import live
+from .residuals import Halves, residuals_of
 from .rules import Rule, Rules
+from .scopes import scoped
 
-UserRules = Rules | Mapping[_jax.Primitive, Rule]
+UserRules = Rules | Mapping[_jax.Primitive | str, Rule]
 
 _RULES = Rules("differentiable")  # those of funcgrad's own
 
@@ -31,17 +36,29 @@ def differentiable(f: Callable, *, rules: UserRules | None = None) -> Callable:
     Args:
       f: function or Graph.
       rules: primitive -> `rule(eqn, *values)`, which returns the equation's outputs by another, differentiable computation
-        of the same values, at any depth of `f` (a straight-through estimator, a `jax.custom_vjp` function). A mapping, or
-        a `Rules`, which keeps what was compiled for it from call to call of `vjp`, `jvp` and `linearize` too.
+        of the same values, at any depth of `f` (a straight-through estimator, a `jax.custom_vjp` function). Or scope pattern
+        ("block_*/attention") -> `rule(region, *values)` for all equations of a scope, which are the Graph `region`: it returns
+        what `region(*values)` does. Its `region.paths` say where the values come from, as "params['w']" or "encoder/tanh". For
+        scopes `f` is traced at every call, with respect to its arrays; what else it is given stays as it is. A mapping, or a
+        `Rules`, which keeps what was compiled for it from call to call of `vjp`, `jvp` and `linearize` too.
     Returns:
       A function as `f`; `f` itself where there is nothing to change.
+    Raises:
+      OptionError: at a call, a pattern names no scope. Also a ValueError.
+      GraphError: at a call, a rule returned values of other shapes, dtypes or number.
 
     >>> from jax import lax
     >>> straight_through = lambda eqn, x: x + lax.stop_gradient(lax.round(x) - x)
     >>> jax.grad(differentiable(lambda x: 3 * lax.round(x), rules={lax.round_p: straight_through}))(0.7)
     Array(3., dtype=float32, weak_type=True)
     """
-    return live(f, _RULES if rules is None else Rules.of(rules, "rules="))
+    if rules is None:
+        return live(f, _RULES)
+    if isinstance(rules, Rules):
+        return live(f, rules)
+    scopes = {key: rule for key, rule in rules.items() if isinstance(key, str)}
+    table: Any = {key: rule for key, rule in rules.items() if key not in scopes}
+    return live(scoped(f, scopes) if scopes else f, Rules.of(table, "rules="))
 
 
 def grad(
@@ -59,7 +76,7 @@ def grad(
     Args:
       fun: function or Graph that returns a float scalar, shape (); with `has_aux`, a pair of it and anything.
       argnums: which positional arguments to differentiate with respect to.
-      rules: gradients of primitives that override JAX's; see `differentiable`.
+      rules: gradients of primitives and of scopes that override JAX's; see `differentiable`.
       has_aux, holomorphic, allow_int, reduce_axes: as in `jax.grad`.
     Returns:
       A function as `fun`, or a Graph; the output has the argument's tree, shapes and dtypes. Without `fun`, a decorator.
@@ -145,6 +162,73 @@ def jvp(fun, primals, tangents, has_aux=False, *, rules: UserRules | None = None
 def linearize(fun, *primals, rules: UserRules | None = None, **options):
     """Outputs of `fun` and its linear map at `primals`, as `jax.linearize` with its options (`has_aux`)."""
     return jax.linearize(differentiable(fun, rules=rules), *primals, **options)
+
+
+def halves(graph: Graph, argnums: int | Sequence[int] = 0, *, rules: UserRules | None = None) -> Halves:
+    """The forward and the backward Graph of a gradient, and the residuals between them.
+
+    Args:
+      graph: the Graph; its output may be any tree of arrays.
+      argnums: which positional arguments to differentiate with respect to.
+      rules: as in `grad`.
+    Returns:
+      Halves. Its text lists each residual with its path, type, bytes, equation and line. Together they compute `jax.vjp`.
+    Raises:
+      ArgumentError: not a Graph, or an argument in `argnums` holds integers. Also a TypeError.
+
+    >>> import jax.numpy as jnp
+    >>> from funcgrad.transforms import trace
+    >>> f = lambda x: jnp.exp(jnp.sin(x))
+    >>> h = halves(trace(f, 1.0))
+    >>> [(r.path, r.bytes) for r in h.residuals]
+    [('cos#0', 4), ('exp#0', 4)]
+    >>> out, kept = h.forward(1.0)
+    >>> bool(h.backward(kept, 1.0) == jax.grad(f)(1.0))
+    True
+    """
+    if not isinstance(graph, Graph):
+        raise ArgumentError(
+            f"halves takes a Graph, and got {type(graph).__name__}.", hint="fg.halves(fg.trace(f, *args))"
+        )
+    is_inexact = lambda x: jax.dtypes.issubdtype(x.dtype, jax.numpy.inexact)
+    body = differentiable(graph, rules=rules)
+    pulls: list[Any] = []
+
+    def forward(*args, **kwargs):
+        numbers = (argnums,) if isinstance(argnums, int) else argnums
+        some_are_floats = any(is_inexact(x) for k in numbers if k < len(args) for x in tree_leaves(args[k]))
+        options = dict(argnums=argnums, holomorphic=False, allow_int=some_are_floats)
+        if problem := _wrong_arguments("halves", graph, args, options):
+            raise problem
+        chosen = [k % len(args) for k in numbers]
+
+        def of_chosen(*values):
+            given = dict(zip(chosen, values, strict=True))
+            return body(*(given.get(k, x) for k, x in enumerate(args)), **kwargs)
+
+        out, pull = jax.vjp(of_chosen, *(args[k] for k in chosen))
+        leaves, tree = tree_flatten(pull)
+        kept = {id(x): x for x in leaves if isinstance(x, jax.core.Tracer)}  # what is none is a constant
+        places = {key: k for k, key in enumerate(kept)}
+        pulls.append((tree, [places.get(id(x), -1) for x in leaves], [None if id(x) in kept else x for x in leaves]))
+        return out, tuple(kept.values())
+
+    forward = graph.derive(forward, f"forward({graph.name})")
+    tree, places, constants = pulls[-1]
+
+    def backward(kept, cotangents):
+        leaves = [kept[k] if k >= 0 else constant for k, constant in zip(places, constants, strict=True)]
+        cotangents = graph.out_tree.flatten_up_to(cotangents)
+        full = [np.zeros(a.shape, float0) if x is None else x for a, x in zip(graph.out_avals, cotangents, strict=True)]
+        grads = tree_unflatten(tree, leaves)(tree_unflatten(graph.out_tree, full))
+        grads = jax.tree.map(lambda x: None if x.dtype == float0 else x, grads)
+        return grads[0] if isinstance(argnums, int) else grads
+
+    count = len(forward.out_avals) - len(graph.out_avals)
+    cotangents = tree_unflatten(graph.out_tree, [a if is_inexact(a) else None for a in graph.out_avals])
+    backward = trace(backward, forward.out_avals[len(graph.out_avals) :], cotangents)
+    backward = dataclasses.replace(backward, name=f"backward({graph.name})")
+    return Halves(forward, backward, residuals_of(forward, count))
 
 
 # ------------------------------------------------------------------------------------------------ the one way all go

@@ -22,7 +22,7 @@ from .rules import Rule, Rules
 class Bound(NamedTuple):
     """A primitive as it is bound: the equation that a rule sees in a running function."""
 
-    primitive: _jax.Primitive
+    primitive: Any
     params: dict[str, Any]
     source_info: Any
 
@@ -77,7 +77,10 @@ def _apply(rules: Rules, eqn: Any, values: Sequence[Any], axes: frozenset[str]) 
     is_touched = touches(rules, eqn)
     rule = rules.table.get(eqn.primitive) or (rules.default if _is_one(eqn) and not is_touched else None)
     if rule is not None:
-        return _checked(rules, eqn, values, rule(eqn, *values))
+        outputs = rule(eqn, *values)
+        outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        what = f"the rule of '{eqn.primitive}' in {rules.name}"
+        return checked(what, eqn, _jax.out_avals(eqn, values), outputs)
     if not is_touched:
         return _jax.bind(eqn.primitive, eqn.params, values)
     if eqn.primitive.name in _jax.FUNCTIONAL:
@@ -88,20 +91,16 @@ def _apply(rules: Rules, eqn: Any, values: Sequence[Any], axes: frozenset[str]) 
     return _jax.rebind(eqn.primitive, eqn.params, values, new)
 
 
-def _checked(rules: Rules, eqn: Any, values: Sequence[Any], outputs: Any) -> list[Any]:
-    """What a rule returned, as arrays of the types that the equation has."""
-    outputs = outputs if eqn.primitive.multiple_results else [outputs]
-    avals = _jax.out_avals(eqn, values)
+def checked(what: str, eqn: Any, avals: Sequence[Any], outputs: Any) -> list[Any]:
+    """What a rule returned in the place of `eqn`, as arrays of the types that it has."""
     if isinstance(outputs, tuple | list) and len(outputs) == len(avals):
         fitted = [_jax.fitted(x, aval) for x, aval in zip(outputs, avals, strict=True)]
         if not any(x is None for x in fitted):
             return fitted
     types = [jax.typeof(x).str_short() if hasattr(x, "dtype") else type(x).__name__ for x in jax.tree.leaves(outputs)]
-    where = _jax.source_lines(eqn)
     raise GraphError(
-        f"the rule of '{eqn.primitive}' in {rules.name} returned {', '.join(types) or 'nothing'} "
-        f"for {', '.join(a.str_short() for a in avals)}.",
-        at=f"{where[0][0]}:{where[0][1]} ({where[0][2]})" if where else None,
+        f"{what} returned {', '.join(types) or 'nothing'} for {', '.join(a.str_short() for a in avals)}.",
+        at=_jax.line_of(eqn),
         hint="return as many values as the equation has outputs, of their shapes and dtypes",
     )
 
@@ -149,20 +148,26 @@ def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules, axes: frozenset[str]) -> _
     memo = rules.memo.setdefault(inner, {})
     opened = memo.get(context)
     if opened is None:
-        avals = [_jax.vary(v.aval, axes) for v in (*inner.constvars, *inner.invars)]
-        run = lambda *values: [_jax.vary(x, axes) for x in _evaluate(inner, rules, values)]
-        opened = _jax.opened(_jax.stage_flat(run, avals, _jax.names_of(inner)))
+        again = lambda *values: [_jax.vary(x, axes) for x in run(inner, values, functools.partial(apply, rules))]
+        opened = retraced(inner, again, axes)
         if not any(isinstance(c, jax.core.Tracer) for c in opened.consts):
             memo[context] = opened
     return _jax.Opened(opened.jaxpr, [_jax.vary(c, axes) for c in (*opened.consts, *jaxpr.consts)])
 
 
+def retraced(inner: _jax.Jaxpr, f: Callable, axes: frozenset[str] = frozenset()) -> _jax.Opened:
+    """A sub-graph traced again as `f`, a function of its constants and inputs; what `f` closes over is a leading input."""
+    avals = [_jax.vary(v.aval, axes) for v in (*inner.constvars, *inner.invars)]
+    return _jax.opened(_jax.stage_flat(f, avals, _jax.names_of(inner)))
+
+
 def evaluate(jaxpr: _jax.ClosedJaxpr, rules: Rules, values: Sequence[Any]) -> list[Any]:
     """Evaluate a jaxpr equation by equation under the current trace, with `rules` applied."""
-    return _evaluate(jaxpr.jaxpr, rules, [*jaxpr.consts, *values])
+    return run(jaxpr.jaxpr, [*jaxpr.consts, *values], functools.partial(apply, rules))
 
 
-def _evaluate(jaxpr: _jax.Jaxpr, rules: Rules, values: Sequence[Any]) -> list[Any]:
+def run(jaxpr: _jax.Jaxpr, values: Sequence[Any], apply: Callable) -> list[Any]:
+    """Evaluate a jaxpr, constants as leading values, with `apply(eqn, values) -> outputs` for each equation."""
     env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True))
     last = _jax.last_used(jaxpr)
 
@@ -171,27 +176,36 @@ def _evaluate(jaxpr: _jax.Jaxpr, rules: Rules, values: Sequence[Any]) -> list[An
 
     for eqn in jaxpr.eqns:
         with _jax.context_of(eqn):
-            outputs = apply(rules, eqn, [read(v) for v in eqn.invars])
+            outputs = apply(eqn, [read(v) for v in eqn.invars])
         env.update((v, x) for v, x in zip(eqn.outvars, outputs, strict=True) if v in last)
         for var in {v for v in eqn.invars if not isinstance(v, _jax.Literal) and last[v] is eqn}:
             del env[var]  # frees the memory of an eager run as it goes
     return [read(v) for v in jaxpr.outvars]
 
 
-class Living(_jax.Trace):
-    """The trace that a living function runs under: it hands on everything but what the rules claim."""
+class Watch(_jax.Trace):
+    """A trace without values of its own: it sees what is bound, and hands it on to its parent."""
 
-    __slots__ = ("parent", "rules")
+    __slots__ = ("parent",)
 
-    def __init__(self, parent: _jax.Trace, rules: Rules):
+    def __init__(self, parent: _jax.Trace):
         super().__init__()
         self.parent = parent
-        self.rules = rules
         self.requires_low = parent.requires_low
 
     def stage_value(self, value):
         """Values have no form of ours: the parent's is theirs."""
         return self.parent.stage_value(value)
+
+
+class Living(Watch):
+    """The trace that a living function runs under: it hands on everything but what the rules claim."""
+
+    __slots__ = ("rules",)
+
+    def __init__(self, parent: _jax.Trace, rules: Rules):
+        super().__init__(parent)
+        self.rules = rules
 
     def process_primitive(self, primitive, values, params, /):
         """A primitive is being bound."""

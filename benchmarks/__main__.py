@@ -1,0 +1,72 @@
+"""Pick parts, run them, print their tables and what of them meets its target, and write all of it as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import time
+from typing import Any
+
+import jax
+import jaxlib
+from rich.console import Console
+from rich.table import Table
+
+PARTS = ("gradients", "dispatch", "training", "rewriting")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="funcgrad beside JAX.")
+    parser.add_argument("which", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all if none is named")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
+    parser.add_argument("--quick", action="store_true", help="whether it runs, in seconds; the figures say little")
+    options = parser.parse_args()
+    if unknown := {*options.which} - {*PARTS}:
+        parser.error(f"no part is named {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+
+    console, results, parts = Console(width=130), machine() | {"quick": options.quick}, {}
+    console.print(" ".join(f"{name} {value}" for name, value in results.items()), highlight=False)
+    for name in options.which or PARTS:
+        part, start_s = importlib.import_module(f"benchmarks.{name}"), time.perf_counter()
+        rows = part.run(options.quick)
+        figures = part.figures(rows)
+        parts[name] = {
+            "elapsed_s": time.perf_counter() - start_s,
+            "rows": rows,
+            "figures": [dataclasses.asdict(f) | {"is_met": f.is_met} for f in figures],
+        }
+        console.print(table(name, part.COLUMNS, rows))
+        shown = [{**vars(f), "target": f.target, "": "ok" if f.is_met else "missed"} for f in figures]
+        console.print(table(f"{name}: targets", {"name": "", "value": ".3f", "target": "", "": ""}, shown))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({**results, "parts": parts}, file, indent=2)
+
+
+def machine() -> dict[str, Any]:
+    """Where this runs."""
+    return {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg(),
+    }
+
+
+def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> Table:
+    shown = Table(title=title, title_justify="left", box=None)
+    for name, how in columns.items():
+        shown.add_column(name, justify="right" if how else "left", no_wrap=bool(how))
+    for row in rows:
+        shown.add_row(*(format(row[name], how) for name, how in columns.items()))
+    return shown
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""`fg.grad` beside `jax.grad` on every program of `tests/corpus.py` that has a gradient: given a function, and its Graph.
+
+Tracing is timed as the user pays for it: `jax.jit(fg.grad(f)).trace(...)`, and `jax.jit(fg.grad(fg.trace(f, ...))).trace(...)`
+for a Graph. Cold is the first time in a process: JAX has traced and differentiated nothing yet. Warm is the second time, when
+JAX finds again what `f` holds of jitted functions (most of jax.numpy), but neither `f` nor its Graph.
+
+Times are CPU seconds: the programs are tiny, and most of them run in the calling thread.
+
+What is compiled must be JAX's own program: as many of each operation, before XLA's passes (StableHLO) and after them (HLO),
+and as many bytes of temporaries.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import funcgrad as fg
+from tests.checks import TRANSFORMS, opcode_counts
+from tests.corpus import CORPUS, Program
+
+from .interleaving import Figure, calls_within, geomean, interleaved, ratio
+
+COLUMNS = {
+    "program": "",
+    "form": "",
+    "jax_cold_ms": ".1f",
+    "cold": ".3f",
+    "jax_warm_ms": ".1f",
+    "warm": ".3f",
+    "jax_run_us": ".1f",
+    "run": ".3f",
+    "run_wall": ".3f",
+    "temp_bytes": "+d",
+    "stablehlo": "",
+    "hlo": "",
+}
+QUICK = ("scalar", "dense", "scan")
+FORMS = {"function": 1.1, "graph": 1.4}  # how much more tracing may cost
+
+(GRAD,) = (t for t in TRANSFORMS if t.name == "grad")
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    programs = [p for p in CORPUS if "grad" not in p.lacks and (p.name in QUICK or not quick)]
+    rounds, turn_s = (3, 1e-3) if quick else (7, 5e-3)
+    rows = []
+    for p in programs:
+        tracing, jitted = traced(p, rounds), [make() for make in gradients(p)]
+        for found in zip(tracing, compiled(p, jitted), ran(p, jitted, 2 * rounds + 1, turn_s), strict=True):
+            rows.append({name: value for part in found for name, value in part.items()})
+    return rows
+
+
+def gradients(p: Program) -> list[Callable[[], Any]]:
+    """What makes the jitted gradient anew: JAX's, then ours of each form."""
+    namespaces = [(jax, "function"), *((fg, form) for form in FORMS)]
+    return [lambda m=m, form=form: jax.jit(GRAD.of(m, p, form)) for m, form in namespaces]
+
+
+def traced(p: Program, rounds: int) -> list[dict[str, Any]]:
+    ways = [lambda make=make: make().trace(*p.args) for make in gradients(p)]
+    cold = interleaved(*ways, rounds=rounds, before=jax.clear_caches).cpu_s
+    warm = interleaved(*ways, rounds=rounds).cpu_s
+    return [
+        {
+            "program": p.name,
+            "form": form,
+            "jax_cold_ms": float(np.median(cold[0])) * 1e3,
+            "cold": ratio(cold[k], cold[0]),
+            "jax_warm_ms": float(np.median(warm[0])) * 1e3,
+            "warm": ratio(warm[k], warm[0]),
+        }
+        for k, form in enumerate(FORMS, start=1)
+    ]
+
+
+def compiled(p: Program, jitted: list[Any]) -> list[dict[str, Any]]:
+    """What differs from JAX's program, before and after XLA's own passes."""
+    lowered = [f.lower(*p.args) for f in jitted]
+    programs = [program.compile() for program in lowered]
+    stablehlo, hlo = map(opcode_counts, lowered), map(opcode_counts, programs)
+    temp_bytes = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    theirs, *ours = zip(stablehlo, hlo, temp_bytes, strict=True)
+    return [
+        {
+            "stablehlo": difference(own[0], theirs[0]),
+            "hlo": difference(own[1], theirs[1]),
+            "temp_bytes": own[2] - theirs[2],
+            "jax_temp_bytes": theirs[2],
+        }
+        for own in ours
+    ]
+
+
+def ran(p: Program, jitted: list[Any], rounds: int, turn_s: float) -> list[dict[str, Any]]:
+    ways = [lambda f=f: jax.block_until_ready(f(*p.args)) for f in jitted]
+    count = min(calls_within(turn_s, way) for way in ways)
+    took = interleaved(*ways, rounds=rounds, calls=count)
+    return [
+        {
+            "jax_run_us": float(np.median(took.wall_s[0])) * 1e6,
+            "run": ratio(took.cpu_s[k], took.cpu_s[0]),
+            "run_wall": ratio(took.wall_s[k], took.wall_s[0]),
+        }
+        for k in range(1, len(ways))
+    ]
+
+
+def difference(got: Counter, want: Counter) -> str:
+    """'same', or how many more and fewer of which operations."""
+    changes = {name: got[name] - want[name] for name in sorted(got | want) if got[name] != want[name]}
+    return " ".join(f"{name} {change:+d}" for name, change in changes.items()) or "same"
+
+
+def figures(rows: list[dict[str, Any]]) -> list[Figure]:
+    found = []
+    for form, most in FORMS.items():
+        of = [row for row in rows if row["form"] == form]
+        found += [
+            Figure(f"{form}: run, geomean", geomean(row["run"] for row in of), 0.98, 1.02),
+            Figure(f"{form}: cold trace, geomean", geomean(row["cold"] for row in of), most=most),
+            Figure(f"{form}: warm trace, geomean", geomean(row["warm"] for row in of), most=most),
+            Figure(f"{form}: programs of other StableHLO", sum(row["stablehlo"] != "same" for row in of), 0, 0),
+            Figure(f"{form}: programs of other HLO", sum(row["hlo"] != "same" for row in of), 0, 0),
+            Figure(f"{form}: programs of other temporaries", sum(row["temp_bytes"] != 0 for row in of), 0, 0),
+        ]
+    return found

@@ -1,0 +1,88 @@
+"""Ways to do the same take turns in one process. They are compared turn by turn, and the median of the ratios counts.
+
+What else runs on the machine then slows both. CPU seconds, those of all threads of this process, leave out the time in
+which others had the core, so they are the steadier; wall seconds are what a person waits for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds per call, float[ways, rounds]."""
+
+    wall_s: np.ndarray
+    cpu_s: np.ndarray
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that has a target: to lie between `least` and `most`."""
+
+    name: str
+    value: float
+    least: float = -math.inf
+    most: float = math.inf
+
+    @property
+    def is_met(self) -> bool:
+        return self.least <= self.value <= self.most
+
+    @property
+    def target(self) -> str:
+        if self.least == self.most:
+            return f"{self.least:g}"
+        bounds = [f"≥ {self.least:g}"] * math.isfinite(self.least) + [f"≤ {self.most:g}"] * math.isfinite(self.most)
+        return ", ".join(bounds)
+
+
+def interleaved(
+    *ways: Callable[[], Any],
+    rounds: int,
+    calls: int = 1,
+    before: Callable[[], Any] = lambda: None,
+    within_s: float = math.inf,
+) -> Took:
+    """Time each way in each round, in one order and then in the other.
+
+    Args:
+      calls: how often a way is called in its turn.
+      before: called before each turn, untimed.
+      within_s: after 3 rounds, no other is begun once so long has passed.
+    """
+    started_s, took = time.perf_counter(), []
+    while len(took) < rounds and (len(took) < 3 or time.perf_counter() - started_s < within_s):
+        turns = {}
+        for k in range(len(ways))[:: 1 if len(took) % 2 else -1]:
+            way = ways[k]
+            before()
+            wall_s, cpu_s = time.perf_counter(), time.process_time()
+            for _ in range(calls):
+                way()
+            turns[k] = time.perf_counter() - wall_s, time.process_time() - cpu_s
+        took.append([turns[k] for k in range(len(ways))])
+    return Took(*np.array(took).T / calls)
+
+
+def calls_within(seconds: float, way: Callable[[], Any]) -> int:
+    """How many calls take about so long, at least 1."""
+    way()  # compiles
+    once_s = interleaved(way, rounds=3).wall_s.min()
+    return max(1, int(seconds / once_s))
+
+
+def ratio(ours_s: np.ndarray, theirs_s: np.ndarray) -> float:
+    """The median over the rounds."""
+    return float(np.median(ours_s / theirs_s))
+
+
+def geomean(ratios: Iterable[float]) -> float:
+    return math.exp(np.mean([math.log(r) for r in ratios]))

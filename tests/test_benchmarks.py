@@ -1,0 +1,105 @@
+"""The benchmarks, run as a user runs them: whether each part measures what it says. The figures are for people to read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import dispatch, gradients, interleaving, models, rewriting, training
+
+from .corpus import CORPUS
+
+PARTS = {"gradients": gradients, "dispatch": dispatch, "training": training, "rewriting": rewriting}
+ROOT = Path(__file__).parent.parent
+DIFFERENTIABLE = [p for p in CORPUS if "grad" not in p.lacks]
+# XLA fuses these otherwise: a Graph adds up the same cotangents in another order, as JAX does for a traced function.
+FUSED_OTHERWISE = {("derivatives_inside", "graph")}
+
+
+def benchmarked(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmarks") / "quick.json"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ran = benchmarked("--quick", "--json", str(path))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ran.returncode == 0, ran.stderr
+    assert after.ru_utime - before.ru_utime < 30  # seconds of CPU: what else runs here takes none of them
+    return ran.stdout, json.loads(path.read_text())
+
+
+def test_all_parts_are_run_and_shown(quick):
+    text, results = quick
+    assert list(results["parts"]) == list(PARTS)
+    assert {"jax", "jaxlib", "python", "device", "cpus", "load"} < results.keys()
+    assert all(f"{name}: targets" in text for name in PARTS)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_rows_are_sensible(quick, name):
+    rows, figures = (quick[1]["parts"][name][key] for key in ("rows", "figures"))
+    assert rows
+    assert figures
+    for row in rows:
+        assert row.keys() >= PARTS[name].COLUMNS.keys()
+        assert all(math.isfinite(x) for x in row.values() if isinstance(x, float))
+    assert all(isinstance(figure["is_met"], bool) for figure in figures)
+
+
+def test_what_is_counted_meets_its_target(quick):
+    figures = {f["name"]: f for part in quick[1]["parts"].values() for f in part["figures"]}
+    counted = [f for name, f in figures.items() if "programs of other" in name]
+    assert len(counted) == 6
+    assert all(f["value"] == 0 and f["is_met"] for f in counted)
+    assert [row["equations"] for row in quick[1]["parts"]["rewriting"]["rows"]] == [1000, 1000]
+
+
+def test_a_part_that_is_none_is_named():
+    ran = benchmarked("gradient")
+    assert ran.returncode == 2
+    assert "no part is named gradient: there are gradients, dispatch, training, rewriting" in ran.stderr
+
+
+def test_ways_take_turns():
+    calls = []
+    took = interleaving.interleaved(lambda: calls.append("a"), lambda: calls.append("b"), rounds=2, calls=2)
+    assert calls == [*"bbaa", *"aabb"]
+    assert took.wall_s.shape == took.cpu_s.shape == (2, 2)
+
+
+def test_targets():
+    assert interleaving.Figure("a", 1.02, least=0.98, most=1.02).is_met
+    assert not interleaving.Figure("a", 1.03, least=0.98, most=1.02).is_met
+    texts = [interleaving.Figure("a", 1.0, *bounds).target for bounds in ((0.98,), (0.98, 1.02), (0, 0))]
+    assert texts == ["≥ 0.98", "≥ 0.98, ≤ 1.02", "0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", models.MODELS, ids=lambda m: m.name.split()[0])
+def test_both_sides_train_the_same_model(model):
+    params, ((x, _),) = model.params(), model.batches(1)
+    ours, theirs = jax.jit(model.layer)(params, x), jax.jit(model.by_hand)(params, x)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", DIFFERENTIABLE, ids=str)
+def test_gradients_compile_to_the_program_of_jax(p):
+    jitted = [make() for make in gradients.gradients(p)]
+    for form, row in zip(gradients.FORMS, gradients.compiled(p, jitted), strict=True):
+        assert (row["stablehlo"], row["temp_bytes"]) == ("same", 0)
+        assert row["hlo"] == "same" or (p.name, form) in FUSED_OTHERWISE

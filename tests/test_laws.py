@@ -1,0 +1,278 @@
+"""Laws that hold for every program, tried on random ones (`tests/programs.py`): some 280 in each run, the same ones each time.
+
+    FUNCGRAD_LAWS=40 pytest -n 2 tests/test_laws.py
+
+tries 40 times as many, more than 10,000, and new ones each time (`--hypothesis-seed=0` repeats them), in about half an hour. A
+failure prints the smallest recipe that hypothesis finds: `Recipe(...).program()` holds its function and arguments.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, assume, given, seed, settings
+from jax import lax
+
+import funcgrad as fg
+
+from .checks import (
+    STEPS,
+    TRANSFORMS,
+    assert_same_graph,
+    assert_same_program,
+    check_transform,
+    identity_live,
+    identity_rewrite,
+    inexact,
+    inexact_leaves,
+    options,
+    summed,
+    tangents,
+)
+from .corpus import FORWARD, REVERSE, SECOND
+from .programs import BACKWARD, BLOCKS, CLOSED, GROUPS, IRREVERSIBLE, OPS, OWN, Block, Op, Recipe, recipes
+
+TIMES = int(os.environ.get("FUNCGRAD_LAWS", "1"))
+KEPT = 200  # programs after which what JAX compiled for them is dropped: thousands fill the memory
+SETTINGS = settings(
+    derandomize=TIMES == 1,
+    database=None,
+    deadline=None,
+    phases=(Phase.generate, Phase.shrink),
+    report_multiple_bugs=False,
+)
+pytestmark = pytest.mark.timeout(300 * TIMES)
+tried = itertools.count(1)
+
+
+def law(label: str, examples: int, without: frozenset[str] = frozenset(), often: frozenset[str] = frozenset()):
+    """Decorator that tries a function of a recipe on many; other labels draw others."""
+
+    def run(check: Callable[[Recipe], None]) -> None:
+        def holds(recipe):
+            if next(tried) % KEPT == 0:
+                jax.clear_caches()
+            check(recipe)
+
+        holds = settings(SETTINGS, max_examples=examples * TIMES)(given(recipes(without, often))(holds))
+        (seed(zlib.crc32(label.encode()))(holds) if TIMES == 1 else holds)()
+
+    return run
+
+
+def refused(transform: str) -> frozenset[str]:
+    """What JAX cannot do under a transform."""
+    in_reverse = IRREVERSIBLE if transform in REVERSE else frozenset()
+    forward = BACKWARD if transform in FORWARD - SECOND else frozenset()
+    return in_reverse | forward | ({"coarse"} if transform == "jacrev" else frozenset())  # it stacks all outputs
+
+
+def settled(recipe: Recipe, graph: fg.Graph) -> fg.Graph:
+    """The graph, built again where functions have rules of their own: JAX counts their constants (`num_consts`) only once."""
+    return identity_rewrite(graph) if CLOSED & recipe.names() else graph
+
+
+def leaves(f: Callable) -> Callable:
+    """`f` with the list of its float outputs."""
+    return lambda *args: inexact_leaves(f(*args))
+
+
+def total(f: Callable) -> Callable:
+    """`f` reduced to a scalar of its own precision."""
+    return lambda *args: sum(jnp.sum(jnp.sin(x)) for x in leaves(f)(*args))
+
+
+def inner(xs, ys):
+    return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(xs), jax.tree.leaves(ys), strict=True))
+
+
+def assert_near(got, want, tolerance: float):
+    """Values of float64, relative to the largest of each."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, float(jnp.max(jnp.abs(b)))))
+
+
+# The same programs as JAX's own
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
+def test_functions_and_graphs_give_jax_programs(transform):
+    @law(transform.name, 12, refused(transform.name))
+    def _(recipe):
+        p = recipe.program()
+        check_transform(fg, transform, p, "function")
+        check_transform(fg, transform, p, "graph")
+
+
+def test_tracing():
+    """It is deterministic, well typed, and leaves what is a Graph already as it is."""
+
+    @law("tracing", 20)
+    def _(recipe):
+        p = recipe.program()
+        graph = fg.verify(fg.trace(p.f, *p.args))
+        assert graph.out_tree == jax.tree.structure(jax.eval_shape(p.f, *p.args))
+        assert_same_graph(fg.trace(p.f, *p.args), graph)
+        assert str(graph) == str(fg.trace(p.f, *p.args))
+        graph = settled(recipe, graph)
+        assert_same_graph(fg.trace(graph, *p.args), graph)
+
+
+# Passes
+
+
+def test_an_identity_rewrite_changes_nothing():
+    @law("rewrite", 20)
+    def _(recipe):
+        p = recipe.program()
+        graph = settled(recipe, fg.trace(p.f, *p.args))
+        assert_same_graph(fg.verify(identity_rewrite(graph)), graph)
+        assert_same_program(identity_rewrite(graph), p.f, p.args)
+
+
+def test_an_identity_run_live_changes_nothing():
+    @law("live", 20)
+    def _(recipe):
+        p = recipe.program()
+        assert_same_program(identity_live(p.f), p.f, p.args)
+
+
+@pytest.mark.parametrize("driver", ["rewrite", "live"])
+def test_an_identity_changes_no_gradient(driver):
+    @law(f"{driver} of a gradient", 12, IRREVERSIBLE)
+    def _(recipe):
+        p = recipe.program()
+        f = summed(p.f)
+        same = identity_live(f) if driver == "live" else identity_rewrite(fg.trace(f, *p.args))
+        want = jax.grad(f, **options(p))
+        assert_same_program(jax.grad(same, **options(p)), want, p.args, is_graph=driver == "rewrite")
+
+
+ERF = frozenset({"erf"})
+DERIVED = frozenset({"grad", "jvp", "custom_jvp", "custom_vjp"})  # what derives before the rules see it
+FACTOR = jnp.linspace(0.9, 1.1, 3)
+
+
+def scaled(x):
+    """What stands for `erf`: it holds a sub-graph and a constant."""
+    return lax.erf(jax.jit(lambda x: x * FACTOR.sum().astype(x.dtype) / 3)(x))
+
+
+SCALED = fg.Rules("scaled", {lax.erf_p: lambda eqn, x: scaled(x)})
+
+
+def test_one_rule_has_one_meaning_for_both_drivers():
+    @law("drivers", 12, often=ERF)
+    def _(recipe):
+        assume("erf" in recipe.names())
+        p = recipe.program()
+        rewritten = fg.verify(fg.rewrite(fg.trace(p.f, *p.args), SCALED))
+        assert_same_program(rewritten, fg.live(p.f, SCALED), p.args, is_graph=True)
+
+
+def test_a_rule_is_as_written_by_hand():
+    @law("by hand", 8, DERIVED | IRREVERSIBLE, often=ERF)
+    def _(recipe):
+        assume("erf" in recipe.names())
+        p, by_hand = recipe.program(), summed(recipe.program(erf=scaled).f)
+        f = summed(p.f)
+        assert_same_program(fg.live(f, SCALED), by_hand, p.args, is_graph=True)
+        want = jax.grad(by_hand, **options(p))
+        assert_same_program(fg.grad(f, **options(p), rules=SCALED), want, p.args, is_graph=True)
+
+
+# Derivatives and batches, in double precision
+
+
+def test_gradients_agree_with_finite_differences():
+    @law("differences", 6, IRREVERSIBLE | OWN | {"rough", "discrete", "coarse"})
+    def _(recipe):
+        with jax.enable_x64(True):
+            x, *rest = recipe.arguments(np.float64)
+            f = total(recipe.program(np.float64).f)
+            along = jax.tree.map(jnp.asarray, tangents(x))
+            at = jax.jit(lambda h: f(jax.tree.map(lambda x, t: x + h * t, x, along), *rest))
+            want = (8 * (at(1e-3) - at(-1e-3)) - (at(2e-3) - at(-2e-3))) / 12e-3
+            for form in (f, fg.trace(f, x, *rest)):
+                assert_near(inner(jax.jit(fg.grad(form))(x, *rest), along), want, 1e-6)
+
+
+def test_forward_and_reverse_mode_are_dual():
+    """⟨vjp(ct), t⟩ = ⟨ct, jvp(t)⟩, and linearize pushes as jvp does."""
+
+    @law("dual", 4, IRREVERSIBLE | BACKWARD | {"coarse"})
+    def _(recipe):
+        with jax.enable_x64(True):
+            p = recipe.program(np.float64)
+
+            @jax.jit
+            def products(x, *rest):
+                t, found = tangents(x), []
+                for form in (inexact(p.f), fg.trace(inexact(p.f), x, *rest)):
+                    g = lambda x: form(x, *rest)
+                    out, pull = fg.vjp(g, x)
+                    ct = tangents(out)
+                    found += [inner(pull(ct), t), inner(ct, fg.jvp(g, (x,), (t,))[1])]
+                    found += [inner(ct, fg.linearize(g, x)[1](t))]
+                return found
+
+            first, *others = products(*p.args)
+            assert_near(others, [first] * len(others), 1e-9)
+
+
+def test_grad_and_vmap_commute():
+    """The gradient of a batch holds the gradients of its examples: of a Graph by one order, of the function by the other."""
+
+    @law("commute", 4, IRREVERSIBLE | {"rough", "discrete", "coarse"})
+    def _(recipe):
+        with jax.enable_x64(True):
+            p = recipe.program(np.float64)
+            f = total(p.f)
+            x, *rest = jax.tree.map(jnp.asarray, p.args)
+            axes = (0, None, None, None)
+            batched = fg.vmap(fg.trace(f, x, *rest), axes, axis_size=STEPS)
+
+            @jax.jit
+            def both(*args):
+                return fg.grad(lambda *args: jnp.sum(batched(*args)))(*args), fg.vmap(fg.grad(f), axes)(*args)
+
+            outside, inside = both(jax.tree.map(lambda x: jnp.stack([x, x / 2, -x]), x), *rest)
+            assert_near(outside, inside, 1e-9)
+
+
+# The grammar itself
+
+
+@pytest.mark.parametrize("group", [*GROUPS, "blocks"])
+def test_each_step_alone(group):
+    for name in GROUPS.get(group, BLOCKS):
+        step = Op(name) if name in OPS else Block(name, 0, 0, (Op("erf"), Op("erf")), (Op("sin"),))
+        p = Recipe("matrix", (Op("sin"), step), 0).program()
+        graph = fg.verify(fg.trace(p.f, *p.args))
+        assert_same_graph(identity_rewrite(graph), graph)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_rules_reach_into_each_block(block):
+    """A right rule is as written by hand, or means the same to both drivers; a slightly wrong one is found out."""
+    inside = (Op("erf"), Op("erf"))
+    recipe = Recipe("vector", (Block(block, 0, 0, inside, inside),))
+    p = recipe.program()
+    graph = fg.trace(p.f, *p.args)
+    wrong = fg.Rules("wrong", {lax.erf_p: lambda eqn, x: scaled(x) * (1 + 1e-5)})
+    by_hand = recipe.program(erf=scaled).f if block not in DERIVED else fg.live(p.f, SCALED)
+    checks = [(lambda rules: fg.live(p.f, rules), by_hand), (lambda rules: fg.rewrite(graph, rules), by_hand)]
+    if block not in DERIVED | IRREVERSIBLE:
+        gradient = jax.grad(summed(by_hand), **options(p))
+        checks += [(lambda rules: fg.grad(summed(p.f), **options(p), rules=rules), gradient)]
+    for run, want in checks:
+        assert_same_program(run(SCALED), want, p.args, is_graph=True)
+        with pytest.raises(AssertionError):
+            assert_same_program(run(wrong), want, p.args, is_graph=True)

@@ -1,0 +1,420 @@
+"""`tap` and `patch`: read and replace intermediate values, in running functions and in Graphs.
+
+The function runs under a `Trace` of ours, as in `living`. Each level of it (the function, the body of a scan, a branch) is a
+`Frame`, which sees every equation and every use of a value. Sub-graphs that hold something selected are traced again in a frame
+of their own: what is found there leaves them as outputs that they have more.
+
+A value leaves a scope when an equation outside of it uses the value, or the function returns it. A running function holds plain
+arrays, so a frame knows what was made in a scope by the identity of arrays (weakly: it keeps none of them alive).
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.tree_util import tree_flatten, tree_map, tree_unflatten
+
+from . import _jax
+from .arguments import name_of
+from .errors import OptionError, location
+from .graph import Graph
+from .living import Bound, Watch, checked, run
+from .selecting import Path, Selection, Where, check_where, is_within, joined, maker
+
+
+def tap(f: Callable | None = None, *, where: Where) -> Any:
+    """`f`, returning `(out, seen)`: its result, and the intermediate values that `where` selects.
+
+    Args:
+      f: function or Graph.
+      where: a scope pattern, which means the values that leave the scope; or a predicate on equations, such as
+        `fg.op("tanh")`, which means their outputs.
+    Returns:
+      A function as `f`, or a Graph. `seen` maps "scope/primitive#k" (the k-th of that name) to values in program order: an
+      array; a tuple where the equation has several outputs; an array with a leading axis of iterations inside a scan;
+      `(value, ran)` inside a cond, and for the last iteration of a while, where `ran` is a bool and value is zeros if it is
+      False. What `shard_map`, custom_linear_solve, a while with a batched predicate, and a traced function with effects and
+      its own derivative rule hold inside is not seen. Without `f`, a decorator.
+    Raises:
+      ArgumentError: `where` is neither.
+
+    >>> import jax.numpy as jnp
+    >>> def model(x):
+    ...     with jax.named_scope("layer"):
+    ...         x = jnp.sin(2 * x)
+    ...     return x + 1
+    >>> out, seen = tap(model, where="layer")(0.0)
+    >>> print(out, {name: float(value) for name, value in seen.items()})
+    1.0 {'layer/sin#0': 0.0}
+    """
+    check_where("tap", where)
+    if f is None:
+        return functools.partial(tap, where=where)
+    return _of_form(f, f"tap({name_of(f)})", _probed(f, Probe(where), lambda out, frame: (out, frame.seen())))
+
+
+def patch(f: Callable | None = None, *, where: Where, replace: Any) -> Any:
+    """`f`, with the intermediate values that `where` selects replaced.
+
+    Args:
+      f: function or Graph.
+      where: as in `tap`. Inside a scope its own values stay: what leaves it is replaced.
+      replace: pure function of the selected value (of all outputs, where an equation has several) that returns as many, of
+        the same shapes and dtypes; or such a value. Derivatives are those of the patched program: a function with a custom
+        derivative rule in which something was replaced is differentiated as it then stands.
+    Returns:
+      A function as `f`, or a Graph. Without `f`, a decorator.
+    Raises:
+      OptionError: at a call, nothing was selected. Also a ValueError.
+      GraphError: at a call, `replace` returned values of other shapes, dtypes or number.
+    Source: Geiger et al. 2021, Causal Abstractions of Neural Networks, arXiv:2106.02997.
+
+    >>> import jax.numpy as jnp
+    >>> from funcgrad.transforms import op
+    >>> patch(lambda x: 1 + jnp.tanh(x), where=op("tanh"), replace=lambda y: 10 * y)(100.0)
+    Array(11., dtype=float32, weak_type=True)
+    """
+    check_where("patch", where)
+    if f is None:
+        return functools.partial(patch, where=where, replace=replace)
+
+    def finish(out, frame):
+        if not frame.found:
+            raise OptionError(
+                f"patch found nothing in {name_of(f)} that where={where!r:.60} selects.",
+                at=location(f),
+                hint="print(fg.trace(f, ...)) shows its scopes and primitives",
+            )
+        return out
+
+    values = replace if callable(replace) else lambda *_: replace
+    return _of_form(f, f"patch({name_of(f)})", _probed(f, Probe(where, values), finish))
+
+
+def _of_form(f: Any, name: str, probed: Callable) -> Any:
+    return f.derive(probed, name) if isinstance(f, Graph) else probed
+
+
+def _probed(f: Callable, probe: Probe, finish: Callable[[Any, Frame], Any]) -> Callable:
+    @functools.wraps(f, updated=())
+    @_jax.api_boundary
+    def probed(*args, **kwargs):
+        frame = Frame(probe, base=len(_jax.name_stack()))
+        if isinstance(f, Graph):
+            values = [*f.jaxpr.consts, *f.leaves(*args, **kwargs)]
+            out = tree_unflatten(f.out_tree, run(f.jaxpr.jaxpr, values, frame.apply))
+        else:
+            out = watched(f, frame)(*args, **kwargs)
+        return finish(tree_map(frame.returned, out), frame)
+
+    return probed
+
+
+class Found(NamedTuple):
+    """What was selected: "scope/primitive", the value (None if it was replaced), and whether it was computed."""
+
+    name: str
+    value: Any
+    ran: Any = None
+
+
+class Made(NamedTuple):
+    """A value that a selected scope made."""
+
+    value: weakref.ref
+    scope: Path
+    name: str
+    place: int
+
+
+class Effect(BaseException):
+    """What is computed beside the program has an effect, and may not have it twice."""
+
+
+class Probe(Selection):
+    """What is selected and what becomes of it, for every call of one tapped or patched function."""
+
+    def __init__(self, where: Where, replace: Callable | None = None):
+        super().__init__(where)
+        self.replace = replace
+
+
+class Frame:
+    """One level of a program as it runs: what it made in selected scopes, and what was found."""
+
+    def __init__(self, probe: Probe, around: Path = (), base: int = 0, outer: Frame | None = None):
+        self.probe = probe
+        self.around = around  # the scopes around this level
+        self.base = base  # how many entries of the name stack are the caller's
+        self.outer = outer  # the level around, if what it made is closed over here
+        self.found: list[tuple[int, Found]] = []  # with their places in program order
+        self.made: dict[int, Made] = {}  # by the identity of the value
+        self.left: dict[int, Any] = {}  # what uses a made value gets outside of its scope, by its place
+        self.places = 0
+        self.is_beside = False  # whether what is bound now is computed beside the program, to be seen
+
+    def in_order(self) -> list[Found]:
+        """What was found, in program order."""
+        return [found for _, found in sorted(self.found, key=lambda x: x[0])]
+
+    def seen(self) -> OrderedDict[str, Any]:
+        """What was found, by names that are numbered. JAX keeps the order of an OrderedDict, not that of a dict."""
+        seen: OrderedDict[str, Any] = OrderedDict()
+        counts: Counter[str] = Counter()
+        for name, value, ran in self.in_order():
+            seen[f"{name}#{counts[name]}"] = value if ran is None else (value, ran)
+            counts[name] += 1
+        return seen
+
+    # What happens to one value
+
+    def returned(self, value: Any) -> Any:
+        """A value that this level returns: it leaves every scope that does not lie around the level."""
+        return self.used(value, self.around)
+
+    def used(self, value: Any, path: Path) -> Any:
+        """A value as what uses it at `path` gets it: if it leaves its scope there, it is found."""
+        made = self.made.get(id(value))
+        if made is None or made.value() is not value:
+            return self.outer.used(value, path) if self.outer else value
+        if is_within(path, made.scope):
+            return value
+        if made.place not in self.left:
+            (self.left[made.place],) = self.noted(made.name, made.place, [value])
+        return self.left[made.place]
+
+    def noted(self, name: str, place: int, values: list[Any]) -> list[Any]:
+        """Values that are found: as they are, or what replaces them."""
+        if self.probe.replace is None:
+            self.found.append((place, Found(name, values[0] if len(values) == 1 else tuple(values))))
+            return values
+        self.found.append((place, Found(name, None)))
+        new = self.probe.replace(*values)
+        here = Bound(None, {}, _jax.current_source())
+        return checked(f"replace= for {name}", here, list(map(jax.typeof, values)), new if len(values) > 1 else [new])
+
+    # What happens to one equation
+
+    def here(self) -> Path:
+        """The scopes around what is bound now."""
+        return joined(self.around, _jax.scopes(_jax.name_stack()[self.base :]))
+
+    def apply(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of an equation, which is being bound now."""
+        if self.is_beside and _jax.has_effects(eqn, values):
+            raise Effect
+        if isinstance(eqn, _jax.JaxprEqn) and eqn.primitive.name == "shard_map" and self.probe.replace:
+            return watched(_jax.bind, self)(eqn.primitive, eqn.params, values)
+        path = self.here()
+        values = [self.used(x, path) for x in values]
+        return self.outputs(eqn, path, values, self.bound(eqn, path, values))
+
+    def outputs(self, eqn: Any, path: Path, values: Sequence[Any], outputs: list[Any]) -> list[Any]:
+        """The outputs of an equation at `path`: selected, or made in a scope that is."""
+        if _jax.is_elided(eqn, values, outputs):
+            return outputs
+        scope = self.probe.scope(path, self.around)
+        for k, value in enumerate(outputs):
+            if scope and isinstance(value, jax.Array) and not any(value is x for x in values):
+                inner, lies = maker(eqn, k, path)
+                name = "/".join((*lies, inner.primitive.name))
+                self.made[id(value)] = Made(weakref.ref(value), scope, name, self.place())
+        if self.probe.selects(eqn, path, map(jax.typeof, values), map(jax.typeof, outputs)):
+            return self.noted("/".join((*path, eqn.primitive.name)), self.place(), outputs)
+        return outputs
+
+    def place(self) -> int:
+        """A place in program order."""
+        self.places += 1
+        return self.places
+
+    def bound(self, eqn: Any, path: Path, values: Sequence[Any]) -> list[Any]:
+        """Bind an equation; sub-graphs that hold something selected are entered."""
+        kind, bodies = eqn.primitive.name, [body.jaxpr for body in _jax.bodies(eqn)]
+        consts = _closed_over(bodies) if self.made or self.outer else ()
+        moved = [x for x in consts if self.used(x, path) is not x]
+        same = lambda: _jax.bind(eqn.primitive, eqn.params, values)
+        first = lambda: run(bodies[0].jaxpr, [*(self.used(x, path) for x in bodies[0].consts), *values], self.apply)
+        if not moved and not any(self.probe.holds(body.jaxpr, path) for body in bodies):
+            return same()
+        if eqn.params.get("inline"):  # a jit that is none in a Graph
+            return first()
+        if kind in _jax.INLINED | _jax.WITH_DERIVATIVES:
+            return self.beside(path, first, same)
+        if self.probe.replace is None and not _jax.has_room(eqn):
+            return same()
+        if kind == "while" and self.probe.replace is None:
+            return self.while_loop(eqn, path, values)
+        outer = self if moved else None
+        new, reads = zip(*(self.entered(body, path, outer=outer) for body in bodies), strict=True)
+        outputs = _jax.rebind(eqn.primitive, eqn.params, values, new)
+        for k, (opened, read) in enumerate(zip(new, reads, strict=True)):
+            own = len(outputs) - sum(n.extras for n in new[k:])
+            found = read(outputs[own : own + opened.extras])
+            is_branch = kind == "cond" and self.probe.replace is None
+            self.add(x._replace(ran=values[0] == k) if is_branch and x.ran is None else x for x in found)
+        return outputs[: len(outputs) - sum(n.extras for n in new)]
+
+    def entered(
+        self, jaxpr: _jax.ClosedJaxpr, around: Path, is_loop: bool = False, outer: Frame | None = None
+    ) -> tuple[_jax.Opened, Callable]:
+        """A sub-graph that returns what is found in it too, and how to read that off its extra outputs.
+
+        Args:
+          is_loop: whether each value comes with a flag that says that it was computed.
+          outer: this level, if the sub-graph closes over what is replaced here: then it is traced at every call.
+        """
+        inner, context = jaxpr.jaxpr, (around, is_loop, _jax.trace_context())
+        memo: dict[Any, Any] = {} if outer else self.probe.memo.setdefault(inner, {})
+        if context not in memo:
+            extras: list[Any] = []
+
+            def again(*values):
+                frame = Frame(self.probe, around, outer=outer)
+                outputs = [frame.returned(x) for x in run(inner, values, frame.apply)]
+                found = frame.in_order()
+                if is_loop:
+                    found = [x._replace(ran=jax.numpy.bool_(True)) if x.ran is None else x for x in found]
+                flat, tree = tree_flatten([x[1:] for x in found])
+                extras.extend(([x.name for x in found], len(flat), tree))
+                return [*outputs, *flat]
+
+            avals = [v.aval for v in (*inner.constvars, *inner.invars)]
+            names = _jax.names_of(inner)._replace(result_paths=None)
+            opened = _jax.opened(_jax.stage_flat(again, avals, names))
+            kept = (opened, *extras)
+            if any(isinstance(c, jax.core.Tracer) for c in opened.consts):
+                memo = {}
+            memo[context] = kept
+        opened, names, count, tree = memo[context]
+        read = lambda flat: [Found(n, *rest) for n, rest in zip(names, tree_unflatten(tree, flat), strict=True)]
+        consts = [self.used(c, around) for c in jaxpr.consts]
+        return _jax.Opened(opened.jaxpr, [*opened.consts, *consts], count), read
+
+    def add(self, found: Iterable[Found]) -> None:
+        """What was found in a sub-graph of the equation that is bound now."""
+        place = self.place()
+        self.found.extend((place, x) for x in found)
+
+    def while_loop(self, eqn: Any, path: Path, values: Sequence[Any]) -> list[Any]:
+        """Bind a while whose body or predicate holds something to see: the last iteration's, and the last test's."""
+        cond, body = (b.jaxpr for b in _jax.bodies(eqn))
+        opened, read = self.entered(body, path, is_loop=True)
+        outputs = _jax.rebind(eqn.primitive, eqn.params, values, [_jax.opened(cond), opened])
+        carry = outputs[: len(outputs) - opened.extras]
+        self.add(read(outputs[len(carry) :]))
+        if self.probe.holds(cond.jaxpr, path) and not cond.effects:
+            run(cond.jaxpr, [*cond.consts, *values[: eqn.params["cond_nconsts"]], *carry], self.apply)
+        return carry
+
+    def beside(self, path: Path, inside: Callable[[], list], original: Callable[[], list]) -> list[Any]:
+        """A function with its own derivative or batching rule: its body, if something is replaced there. Else the original.
+
+        What is to be seen in the body is computed beside it, and nothing is seen in one that has effects.
+        """
+        before, was_beside = len(self.found), self.is_beside
+        self.is_beside = was_beside or self.probe.replace is None
+        try:
+            outputs = [self.used(x, path) for x in inside()]
+        except Effect:
+            if was_beside:
+                raise
+            del self.found[before:]
+        finally:
+            self.is_beside = was_beside
+        return outputs if self.probe.replace and len(self.found) > before else original()
+
+    def living(self, f: Callable, path: Path) -> Callable:
+        """A function that JAX calls while it binds what lies at `path`, patched."""
+
+        def alive(*values):
+            frame = Frame(self.probe, path, len(_jax.name_stack()))
+            outputs = watched(f, frame)(*values)
+            returned = [frame.returned(x) for x in outputs]
+            self.add(frame.in_order())
+            return _jax.refilled(outputs, returned)
+
+        return alive
+
+
+def _closed_over(jaxprs: Sequence[_jax.ClosedJaxpr]) -> Iterator[Any]:
+    """The constants of sub-graphs, at any depth."""
+    for jaxpr in jaxprs:
+        yield from jaxpr.consts
+        for eqn in jaxpr.jaxpr.eqns:
+            yield from _closed_over([body.jaxpr for body in _jax.bodies(eqn)])
+
+
+def watched(f: Callable, frame: Frame) -> Callable:
+    """`f`, with each equation that it binds going to the frame."""
+
+    def run_watched(*args, **kwargs):
+        with _jax.take_current_trace() as parent, _jax.set_current_trace(Probing(parent, frame)):
+            return f(*args, **kwargs)
+
+    return run_watched
+
+
+class Probing(Watch):
+    """The trace that a tapped or patched function runs under: each equation goes to the frame."""
+
+    __slots__ = ("frame",)
+
+    def __init__(self, parent: _jax.Trace, frame: Frame):
+        super().__init__(parent)
+        self.frame = frame
+
+    def process_primitive(self, primitive, values, params, /):
+        """A primitive is being bound."""
+        with _jax.set_current_trace(self.parent):
+            outputs = self.frame.apply(Bound(primitive, params, None), values)
+        return outputs if primitive.multiple_results else outputs[0]
+
+    def is_eager(self) -> bool:
+        """Whether what is bound is computed at once."""
+        trace = self.parent
+        while isinstance(trace, Watch):
+            trace = trace.parent
+        return _jax.is_eager(trace)
+
+    def _process(self, process, primitive, functions, values, options):
+        frame, (fun, *rules) = self.frame, functions  # derivative rules are left as they are
+        path = frame.here()
+
+        def bind(f):
+            _jax.forget(fun)
+            return process(primitive, f, *rules, values)
+
+        with _jax.set_current_trace(self.parent):
+            values = [frame.used(x, path) for x in values]
+            alive = _jax.transformed(fun, lambda f: watched(f, frame) if rules else frame.living(f, path))
+            if rules and not self.is_eager():
+                outputs = frame.beside(path, lambda: _jax.called(alive, values), lambda: bind(fun))
+            else:
+                outputs = bind(alive if rules or frame.probe.replace else fun)
+            return _jax.refilled(outputs, frame.outputs(Bound(primitive, options, None), path, values, list(outputs)))
+
+    def process_custom_jvp_call(self, primitive, fun, jvp, values, /, **options):
+        """A function with its own JVP rule is being called."""
+        process = functools.partial(self.parent.process_custom_jvp_call, **options)
+        return self._process(process, primitive, (fun, jvp), values, options)
+
+    def process_custom_vjp_call(self, primitive, fun, fwd, bwd, values, /, **options):
+        """A function with its own VJP rule is being called."""
+        process = functools.partial(self.parent.process_custom_vjp_call, **options)
+        return self._process(process, primitive, (fun, fwd, bwd), values, options)
+
+    def process_shard_map(self, primitive, fun, values, /, **options):
+        """A function is being mapped over the shards of a mesh."""
+        process = functools.partial(self.parent.process_shard_map, **options)
+        return self._process(process, primitive, (fun,), values, options)
+
+    def process_call(self, primitive, fun, values, params, /):
+        """A call of the old style, JAX 0.10 only."""
+        process = lambda *inputs: self.parent.process_call(*inputs, params)
+        return self._process(process, primitive, (fun,), values, params)
