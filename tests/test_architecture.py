@@ -20,6 +20,7 @@ ALSO = {
     "graph": {"listing", "living"},
     "listing": {"graph"},
     "gradient": {"residuals", "scopes"},
+    "patterns": {"matching"},
     "compilation": {"retraces"},
 }
 
