@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from . import _jax
+from . import _jax, layouts
 from .arguments import canonical, described, name_of, without_static
 from .errors import ArgumentError
 
@@ -184,7 +184,7 @@ def walk(graph: Graph | _jax.ClosedJaxpr) -> Iterator[tuple[tuple[str, ...], _ja
     jaxpr = graph.jaxpr if isinstance(graph, Graph) else graph
     for eqn in jaxpr.jaxpr.eqns:
         yield (), eqn
-        for body in _jax.bodies(eqn):
+        for body in layouts.bodies(eqn):
             for path, inner in walk(body.jaxpr):
                 yield (f"{eqn.primitive.name}.{body.label}", *path), inner
 

@@ -8,7 +8,7 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
-from . import _jax
+from . import _jax, layouts
 from .graph import Graph
 
 # Parameters that say nothing to a reader, or that the listing shows in another way.
@@ -68,7 +68,7 @@ def _rows(jaxpr: _jax.Jaxpr, names: _Names, source: bool, indent: str) -> Iterat
         open_scopes = scopes
         inner = indent + "  " * len(scopes)
         yield inner + _equation(eqn, names) + (_where(eqn) if source else "")
-        for body in _jax.bodies(eqn):
+        for body in layouts.bodies(eqn):
             sub = body.jaxpr.jaxpr
             inputs = ", ".join(f"{names(v)}:{_aval(v.aval)}" for v in [*sub.constvars, *sub.invars])
             yield f"{inner}  {body.label}({inputs})"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from . import _jax
+from . import _jax, layouts
 from .errors import GraphError
 from .rules import Rule, Rules
 
@@ -83,12 +83,12 @@ def _apply(rules: Rules, eqn: Any, values: Sequence[Any], axes: frozenset[str]) 
         return checked(what, eqn, _jax.out_avals(eqn, values), outputs)
     if not is_touched:
         return _jax.bind(eqn.primitive, eqn.params, values)
-    if eqn.primitive.name in _jax.FUNCTIONAL:
+    if eqn.primitive.name in layouts.FUNCTIONAL:
         return live(functools.partial(_jax.bind, eqn.primitive, eqn.params), rules)(values)
-    if eqn.primitive.name in _jax.INLINED:
-        return evaluate(_jax.bodies(eqn)[0].jaxpr, rules, values)
-    new = [_rewritten(body.jaxpr, rules, axes) for body in _jax.bodies(eqn)]
-    return _jax.rebind(eqn.primitive, eqn.params, values, new)
+    if eqn.primitive.name in layouts.INLINED:
+        return evaluate(layouts.bodies(eqn)[0].jaxpr, rules, values)
+    new = [_rewritten(body.jaxpr, rules, axes) for body in layouts.bodies(eqn)]
+    return layouts.rebind(eqn.primitive, eqn.params, values, new)
 
 
 def checked(what: str, eqn: Any, avals: Sequence[Any], outputs: Any) -> list[Any]:
@@ -110,9 +110,9 @@ def touches(rules: Rules, eqn: Any, by_table: bool = False) -> bool:
 
     The derivative rules of a custom_jvp or custom_vjp function are not traced yet, so they may hold some.
     """
-    by_table = by_table or eqn.primitive.name in _jax.INLINED
-    unknown = eqn.primitive.name in _jax.WITH_DERIVATIVES and bool(rules.table if by_table else rules)
-    return unknown or any(holds(rules, body.jaxpr.jaxpr, by_table) for body in _jax.bodies(eqn))
+    by_table = by_table or eqn.primitive.name in layouts.INLINED
+    unknown = eqn.primitive.name in layouts.WITH_DERIVATIVES and bool(rules.table if by_table else rules)
+    return unknown or any(holds(rules, body.jaxpr.jaxpr, by_table) for body in layouts.bodies(eqn))
 
 
 def holds(rules: Rules, jaxpr: _jax.Jaxpr, by_table: bool = False) -> bool:
@@ -133,10 +133,10 @@ def holds(rules: Rules, jaxpr: _jax.Jaxpr, by_table: bool = False) -> bool:
 
 def _is_one(eqn: Any) -> bool:
     """Whether an equation is one operation to a default rule."""
-    return eqn.primitive.name in _jax.INLINED or not _jax.bodies(eqn)
+    return eqn.primitive.name in layouts.INLINED or not layouts.bodies(eqn)
 
 
-def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules, axes: frozenset[str]) -> _jax.Opened:
+def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules, axes: frozenset[str]) -> layouts.Opened:
     """A sub-graph with the rules applied, its constants and those of the rules as leading inputs.
 
     Inside a `shard_map` all of its values differ along `axes`, whatever they did where it was traced.
@@ -152,13 +152,13 @@ def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules, axes: frozenset[str]) -> _
         opened = retraced(inner, again, axes)
         if not any(isinstance(c, jax.core.Tracer) for c in opened.consts):
             memo[context] = opened
-    return _jax.Opened(opened.jaxpr, [_jax.vary(c, axes) for c in (*opened.consts, *jaxpr.consts)])
+    return layouts.Opened(opened.jaxpr, [_jax.vary(c, axes) for c in (*opened.consts, *jaxpr.consts)])
 
 
-def retraced(inner: _jax.Jaxpr, f: Callable, axes: frozenset[str] = frozenset()) -> _jax.Opened:
+def retraced(inner: _jax.Jaxpr, f: Callable, axes: frozenset[str] = frozenset()) -> layouts.Opened:
     """A sub-graph traced again as `f`, a function of its constants and inputs; what `f` closes over is a leading input."""
     avals = [_jax.vary(v.aval, axes) for v in (*inner.constvars, *inner.invars)]
-    return _jax.opened(_jax.stage_flat(f, avals, _jax.names_of(inner)))
+    return layouts.opened(_jax.stage_flat(f, avals, _jax.names_of(inner)))
 
 
 def evaluate(jaxpr: _jax.ClosedJaxpr, rules: Rules, values: Sequence[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from . import _jax
+from . import _jax, layouts
 
 LARGE = 1000  # equations: a jit of more is searched on its own, and not looked through
 COMMUTATIVE = frozenset({"add", "mul", "max", "min", "and", "or", "xor", "eq", "ne"})
@@ -188,7 +188,7 @@ class View:
         level.values.update((v, self._value(v.aval, c)) for v, c in zip(inner.constvars, jaxpr.consts, strict=True))
         for eqn in inner.eqns:
             operands = [self._read(level, v) for v in eqn.invars]
-            bodies = _jax.bodies(eqn)
+            bodies = layouts.bodies(eqn)
             plans = self.inside(eqn, operands) if bodies else []
             item = (
                 self._enter(eqn, bodies[0].jaxpr, operands, calls)
@@ -217,7 +217,9 @@ class View:
                 return node
         numbers = [v.number for v in operands]
         numbers = sorted(numbers) if name_of(eqn.primitive) in COMMUTATIVE else numbers
-        is_one = eqn.effects or eqn.primitive.name in _jax.WITH_DERIVATIVES  # others of its kind may have other rules
+        is_one = (
+            eqn.effects or eqn.primitive.name in layouts.WITH_DERIVATIVES
+        )  # others of its kind may have other rules
         how = self.keys("computed", id(node) if is_one else None, node.key, *numbers)
         node.outputs = [Value(v.aval, self.keys("output", how, k), node, k) for k, v in enumerate(eqn.outvars)]
         return node
@@ -310,7 +312,7 @@ class Plan:
     gone: set[Node] = field(default_factory=set)
     count: int = 0
     at: dict[tuple[str, str], None] = field(default_factory=dict)  # line and scopes
-    staged: dict[Any, _jax.Opened] = field(default_factory=dict)
+    staged: dict[Any, layouts.Opened] = field(default_factory=dict)
 
     def take(self, match: Match) -> bool:
         """Enter a match, unless an earlier one replaces some of it, or its inputs come after its first output."""
@@ -380,9 +382,9 @@ class Planner:
 
     def _inside(self, eqn: Any, operands: list[Value]) -> list[Plan] | None:
         """The plans of an equation's sub-graphs; None for a jit that is small and holds no match, or nothing else."""
-        known = [[v and v.const for v in values] for values in _jax.fed(eqn, operands)]
-        plans = [self.plan(body.jaxpr, k) for body, k in zip(_jax.bodies(eqn), known, strict=True)]
-        if not _jax.is_plain(eqn):
+        known = [[v and v.const for v in values] for values in layouts.fed(eqn, operands)]
+        plans = [self.plan(body.jaxpr, k) for body, k in zip(layouts.bodies(eqn), known, strict=True)]
+        if not layouts.is_plain(eqn):
             return plans
         nodes = plans[0].view.nodes
         looks = len(nodes) <= LARGE and (not plans[0].count or len(plans[0].gone) == len(nodes))

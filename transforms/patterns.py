@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import tree_flatten
 
-from . import _jax
+from . import _jax, layouts
 from .arguments import name_of
 from .errors import ArgumentError, GraphError, location
 from .graph import Graph
@@ -194,7 +194,7 @@ def _vocabulary(graph: Graph, pattern: Callable, keys: Keys) -> tuple[list[Any],
     seen: set[int] = set()
 
     def operation(eqn, avals):
-        return keys.operation(eqn.primitive, {} if _jax.bodies(eqn) else eqn.params, avals)
+        return keys.operation(eqn.primitive, {} if layouts.bodies(eqn) else eqn.params, avals)
 
     def collect(jaxpr):
         seen.add(id(jaxpr.jaxpr))
@@ -202,13 +202,13 @@ def _vocabulary(graph: Graph, pattern: Callable, keys: Keys) -> tuple[list[Any],
             avals = [v.aval for v in eqn.invars]
             operations.add(operation(eqn, avals))
             types.update(dict.fromkeys(type_of(a) for a in avals if isinstance(a, jax.core.ShapedArray)))
-            for body in _jax.bodies(eqn):
+            for body in layouts.bodies(eqn):
                 if id(body.jaxpr.jaxpr) not in seen:
                     collect(body.jaxpr)
 
     def check(primitive, params, avals):
         eqn = Bound(primitive, params, None)
-        if _jax.is_plain(eqn):
+        if layouts.is_plain(eqn):
             for inner in params["jaxpr"].jaxpr.eqns:
                 check(inner.primitive, inner.params, [v.aval for v in inner.invars])
         elif not (avals and is_folded(primitive, params, avals[0])) and operation(eqn, avals) not in operations:
@@ -234,7 +234,7 @@ def _form(graph: Graph, pattern: Callable, names: list[str], keys: Keys, chosen:
     jaxpr = _jax.stage_flat(flat, [chosen[k] for k in order], _jax.unnamed(graph.jaxpr.jaxpr))
     if jaxpr.jaxpr.effects:
         raise _wrong(pattern, "has effects", "match what is computed: no prints, callbacks or references")
-    view = View(keys, jaxpr, [None] * len(order), lambda eqn, _: None if _jax.is_plain(eqn) else [])
+    view = View(keys, jaxpr, [None] * len(order), lambda eqn, _: None if layouts.is_plain(eqn) else [])
     if not view.level.outputs or not all(v.node for v in view.level.outputs):
         hint = "return what operations on the parameters give, and nothing else"
         raise _wrong(pattern, "returns a value that it does not compute", hint)
@@ -311,7 +311,7 @@ class _Run(NamedTuple):
     def _outputs(self, plan: Plan, item: Node | Level, values: list[Any], found: dict[Value, Any]) -> list[Any]:
         if isinstance(item, Level):
             if item in plan.opened:
-                return self._level(plan, item, [*_jax.bodies(item.eqn)[0].jaxpr.consts, *values], found)
+                return self._level(plan, item, [*layouts.bodies(item.eqn)[0].jaxpr.consts, *values], found)
             return apply(_NOTHING, item.eqn, values)
         if item in plan.matches:
             match = plan.matches[item]
@@ -321,30 +321,30 @@ class _Run(NamedTuple):
 
     def _bound(self, node: Node, values: list[Any]) -> list[Any]:
         """The outputs of an equation that stays, with its sub-graphs as their plans say."""
-        eqn, plans, bodies = node.eqn, node.plans, _jax.bodies(node.eqn)
+        eqn, plans, bodies = node.eqn, node.plans, layouts.bodies(node.eqn)
         if not any(plan.count for plan in plans):
             return apply(_NOTHING, eqn, values)
-        if eqn.primitive.name in _jax.FUNCTIONAL | _jax.INLINED:
+        if eqn.primitive.name in layouts.FUNCTIONAL | layouts.INLINED:
             f = lambda *values: self(plans[0], [*bodies[0].jaxpr.consts, *values])
-            if eqn.primitive.name in _jax.INLINED:
+            if eqn.primitive.name in layouts.INLINED:
                 return f(*values)
-            params = _jax.emptied(eqn.params) if eqn.primitive.name == "shard_map" else eqn.params
+            params = layouts.emptied(eqn.params) if eqn.primitive.name == "shard_map" else eqn.params
             with _jax.take_current_trace() as parent, _jax.set_current_trace(_Instead(parent, f)):
                 return _jax.bind(eqn.primitive, params, values)
         new = [self._staged(body.jaxpr, plan) for body, plan in zip(bodies, plans, strict=True)]
-        return _jax.rebind(eqn.primitive, eqn.params, values, new)
+        return layouts.rebind(eqn.primitive, eqn.params, values, new)
 
-    def _staged(self, jaxpr: Any, plan: Plan) -> _jax.Opened:
+    def _staged(self, jaxpr: Any, plan: Plan) -> layouts.Opened:
         """A sub-graph as its plan says; once, so that what is shared stays shared."""
         if not plan.count:
-            return _jax.opened(jaxpr)
+            return layouts.opened(jaxpr)
         inner, context = jaxpr.jaxpr, _jax.trace_context()
         if context not in plan.staged:
             avals = [v.aval for v in (*inner.constvars, *inner.invars)]
             new = _jax.stage_flat(lambda *values: self(plan, values), avals, _jax.names_of(inner))
-            plan.staged[context] = _jax.opened(new)
+            plan.staged[context] = layouts.opened(new)
         opened = plan.staged[context]
-        return _jax.Opened(opened.jaxpr, [*opened.consts, *jaxpr.consts])
+        return layouts.Opened(opened.jaxpr, [*opened.consts, *jaxpr.consts])
 
     def _replaced(self, match: Match, eqn: Any, found: dict[Value, Any]) -> list[Any]:
         """What the replacement returns in the place of a match, of the types that the match has."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import tree_flatten, tree_map, tree_unflatten
 
-from . import _jax
+from . import _jax, layouts
 from .arguments import name_of
 from .errors import OptionError, location
 from .graph import Graph
@@ -206,7 +206,7 @@ class Frame:
 
     def apply(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """The outputs of an equation, which is being bound now."""
-        if self.is_beside and _jax.has_effects(eqn, values):
+        if self.is_beside and layouts.has_effects(eqn, values):
             raise Effect
         if isinstance(eqn, _jax.JaxprEqn) and eqn.primitive.name == "shard_map" and self.probe.replace:
             return watched(_jax.bind, self)(eqn.primitive, eqn.params, values)
@@ -216,7 +216,7 @@ class Frame:
 
     def outputs(self, eqn: Any, path: Path, values: Sequence[Any], outputs: list[Any]) -> list[Any]:
         """The outputs of an equation at `path`: selected, or made in a scope that is."""
-        if _jax.is_elided(eqn, values, outputs):
+        if layouts.is_elided(eqn, values, outputs):
             return outputs
         scope = self.probe.scope(path, self.around)
         for k, value in enumerate(outputs):
@@ -235,24 +235,24 @@ class Frame:
 
     def bound(self, eqn: Any, path: Path, values: Sequence[Any]) -> list[Any]:
         """Bind an equation; sub-graphs that hold something selected are entered."""
-        kind, bodies = eqn.primitive.name, [body.jaxpr for body in _jax.bodies(eqn)]
+        kind, bodies = eqn.primitive.name, [body.jaxpr for body in layouts.bodies(eqn)]
         consts = _closed_over(bodies) if self.made or self.outer else ()
         moved = [x for x in consts if self.used(x, path) is not x]
         same = lambda: _jax.bind(eqn.primitive, eqn.params, values)
         first = lambda: run(bodies[0].jaxpr, [*(self.used(x, path) for x in bodies[0].consts), *values], self.apply)
         if not moved and not any(self.probe.holds(body.jaxpr, path) for body in bodies):
             return same()
-        if eqn.params.get("inline"):  # a jit that is none in a Graph
+        if layouts.is_inlined(eqn):
             return first()
-        if kind in _jax.INLINED | _jax.WITH_DERIVATIVES:
+        if kind in layouts.INLINED | layouts.WITH_DERIVATIVES:
             return self.beside(path, first, same)
-        if self.probe.replace is None and not _jax.has_room(eqn):
+        if self.probe.replace is None and not layouts.has_room(eqn):
             return same()
         if kind == "while" and self.probe.replace is None:
             return self.while_loop(eqn, path, values)
         outer = self if moved else None
         new, reads = zip(*(self.entered(body, path, outer=outer) for body in bodies), strict=True)
-        outputs = _jax.rebind(eqn.primitive, eqn.params, values, new)
+        outputs = layouts.rebind(eqn.primitive, eqn.params, values, new)
         for k, (opened, read) in enumerate(zip(new, reads, strict=True)):
             own = len(outputs) - sum(n.extras for n in new[k:])
             found = read(outputs[own : own + opened.extras])
@@ -262,7 +262,7 @@ class Frame:
 
     def entered(
         self, jaxpr: _jax.ClosedJaxpr, around: Path, is_loop: bool = False, outer: Frame | None = None
-    ) -> tuple[_jax.Opened, Callable]:
+    ) -> tuple[layouts.Opened, Callable]:
         """A sub-graph that returns what is found in it too, and how to read that off its extra outputs.
 
         Args:
@@ -286,7 +286,7 @@ class Frame:
 
             avals = [v.aval for v in (*inner.constvars, *inner.invars)]
             names = _jax.names_of(inner)._replace(result_paths=None)
-            opened = _jax.opened(_jax.stage_flat(again, avals, names))
+            opened = layouts.opened(_jax.stage_flat(again, avals, names))
             kept = (opened, *extras)
             if any(isinstance(c, jax.core.Tracer) for c in opened.consts):
                 memo = {}
@@ -294,7 +294,7 @@ class Frame:
         opened, names, count, tree = memo[context]
         read = lambda flat: [Found(n, *rest) for n, rest in zip(names, tree_unflatten(tree, flat), strict=True)]
         consts = [self.used(c, around) for c in jaxpr.consts]
-        return _jax.Opened(opened.jaxpr, [*opened.consts, *consts], count), read
+        return layouts.Opened(opened.jaxpr, [*opened.consts, *consts], count), read
 
     def add(self, found: Iterable[Found]) -> None:
         """What was found in a sub-graph of the equation that is bound now."""
@@ -303,9 +303,9 @@ class Frame:
 
     def while_loop(self, eqn: Any, path: Path, values: Sequence[Any]) -> list[Any]:
         """Bind a while whose body or predicate holds something to see: the last iteration's, and the last test's."""
-        cond, body = (b.jaxpr for b in _jax.bodies(eqn))
+        cond, body = (b.jaxpr for b in layouts.bodies(eqn))
         opened, read = self.entered(body, path, is_loop=True)
-        outputs = _jax.rebind(eqn.primitive, eqn.params, values, [_jax.opened(cond), opened])
+        outputs = layouts.rebind(eqn.primitive, eqn.params, values, [layouts.opened(cond), opened])
         carry = outputs[: len(outputs) - opened.extras]
         self.add(read(outputs[len(carry) :]))
         if self.probe.holds(cond.jaxpr, path) and not cond.effects:
@@ -347,7 +347,7 @@ def _closed_over(jaxprs: Sequence[_jax.ClosedJaxpr]) -> Iterator[Any]:
     for jaxpr in jaxprs:
         yield from jaxpr.consts
         for eqn in jaxpr.jaxpr.eqns:
-            yield from _closed_over([body.jaxpr for body in _jax.bodies(eqn)])
+            yield from _closed_over([body.jaxpr for body in layouts.bodies(eqn)])
 
 
 def watched(f: Callable, frame: Frame) -> Callable:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.tree_util import tree_flatten, tree_structure, tree_unflatten
 
-from . import _jax
+from . import _jax, layouts
 from .arguments import described, name_of
 from .errors import ArgumentError, OptionError, location
 from .graph import Graph
@@ -140,8 +140,8 @@ class Scopes:
     def holds(self, eqn: Any, around: Path) -> bool:
         """Whether the sub-graphs of an equation have scopes with rules."""
         path = joined(around, _jax.scopes(_jax.name_stack(eqn)))
-        is_one = eqn.primitive.name in _jax.FUNCTIONAL
-        inner = (e for body in _jax.bodies(eqn) for e in body.jaxpr.jaxpr.eqns)
+        is_one = eqn.primitive.name in layouts.FUNCTIONAL
+        inner = (e for body in layouts.bodies(eqn) for e in body.jaxpr.jaxpr.eqns)
         return not is_one and any(self.match(e, path) or self.holds(e, path) for e in inner)
 
     def evaluate(self, jaxpr: _jax.Jaxpr, values: Sequence[Any], around: Path, names: Sequence[str]) -> list[Any]:
@@ -182,7 +182,7 @@ class Scopes:
         if not self.holds(eqn, around):
             return _jax.bind(eqn.primitive, eqn.params, values)
         path = joined(around, _jax.scopes(_jax.name_stack(eqn)))
-        bodies = _jax.bodies(eqn)
+        bodies = layouts.bodies(eqn)
 
         def again(jaxpr, names):
             names = ["const"] * len(jaxpr.consts) + names
@@ -190,11 +190,11 @@ class Scopes:
 
         jaxprs = [body.jaxpr for body in bodies]
         functions = list(map(again, jaxprs, _operands(eqn, names)))
-        if eqn.primitive.name in _jax.INLINED:
+        if eqn.primitive.name in layouts.INLINED:
             return functions[0](*jaxprs[0].consts, *values)
         opened = [retraced(j.jaxpr, f) for j, f in zip(jaxprs, functions, strict=True)]
-        new = [_jax.Opened(o.jaxpr, [*o.consts, *j.consts]) for o, j in zip(opened, jaxprs, strict=True)]
-        return _jax.rebind(eqn.primitive, eqn.params, values, new)
+        new = [layouts.Opened(o.jaxpr, [*o.consts, *j.consts]) for o, j in zip(opened, jaxprs, strict=True)]
+        return layouts.rebind(eqn.primitive, eqn.params, values, new)
 
 
 def _region(
@@ -217,7 +217,9 @@ def _operands(eqn: Any, names: list[str]) -> list[list[str]]:
         return [names[:n] + names[n + m :], names[n:]]
     if eqn.primitive.name == "cond":
         return [names[1:]] * len(eqn.params["branches"])
-    return [[""] * len(body.jaxpr.jaxpr.invars) if len(_jax.bodies(eqn)) > 1 else names for body in _jax.bodies(eqn)]
+    return [
+        [""] * len(body.jaxpr.jaxpr.invars) if len(layouts.bodies(eqn)) > 1 else names for body in layouts.bodies(eqn)
+    ]
 
 
 def _scopes_of(jaxpr: _jax.ClosedJaxpr, around: Path) -> list[str]:
@@ -225,5 +227,5 @@ def _scopes_of(jaxpr: _jax.ClosedJaxpr, around: Path) -> list[str]:
     for eqn in jaxpr.jaxpr.eqns:
         path = joined(around, _jax.scopes(_jax.name_stack(eqn)))
         found.update(dict.fromkeys(["/".join(path)] if path else []))
-        found.update(dict.fromkeys(s for body in _jax.bodies(eqn) for s in _scopes_of(body.jaxpr, path)))
+        found.update(dict.fromkeys(s for body in layouts.bodies(eqn) for s in _scopes_of(body.jaxpr, path)))
     return list(found)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
-from . import _jax
+from . import _jax, layouts
 from .errors import ArgumentError
 
 BACKWARD = "transpose"
@@ -64,7 +64,7 @@ class Selection:
 
     def selects(self, eqn: Any, path: Path, in_avals: Iterable[Any], out_avals: Iterable[Any]) -> bool:
         """Whether the predicate selects this equation; one that returns no arrays has nothing to show."""
-        if isinstance(self.where, str) or eqn.params.get("inline"):  # a jit that is none in a Graph
+        if isinstance(self.where, str) or layouts.is_inlined(eqn):
             return False
         site = Site(eqn.primitive, eqn.params, "/".join(path), tuple(in_avals), tuple(out_avals))
         return bool(site.out_avals) and all(map(_jax.is_array, site.out_avals)) and bool(self.where(site))
@@ -75,7 +75,7 @@ class Selection:
         def is_selected(eqn):
             path = joined(around, _jax.scopes(_jax.name_stack(eqn)))
             avals = [v.aval for v in eqn.invars], [v.aval for v in eqn.outvars]
-            inside = any(self.holds(body.jaxpr.jaxpr, path) for body in _jax.bodies(eqn))
+            inside = any(self.holds(body.jaxpr.jaxpr, path) for body in layouts.bodies(eqn))
             return inside or self.scope(path, around) or self.selects(eqn, path, *avals)
 
         memo = self.memo.setdefault(jaxpr, {})
@@ -127,7 +127,7 @@ def maker(eqn: Any, k: int, path: Path, through: Sequence[str] = ("jit",)) -> tu
       through: the primitives that are looked through, whose outputs are those of their one sub-graph in order.
     """
     if eqn.primitive.name in through:
-        jaxpr = _jax.bodies(eqn)[0].jaxpr.jaxpr
+        jaxpr = layouts.bodies(eqn)[0].jaxpr.jaxpr
         for inner in jaxpr.eqns:
             if jaxpr.outvars[k] in inner.outvars:
                 path = joined(path, _jax.scopes(_jax.name_stack(inner)))
