@@ -153,7 +153,7 @@ CASES = {
         lambda x, y: jnp.sin(jnp.sin(jnp.sin(x))), lambda a: jnp.sin(jnp.sin(a)), jnp.cos, lambda x, y: jnp.sin(jnp.cos(x))
     ),
     "the result is not searched": Case(
-        lambda x, y: x + y * 2, lambda a, b: a + b, lambda a, b: b + a, lambda x, y: y * 2 + x
+        lambda x, y: x + y * 2, lambda a, b: a + b, lambda a, b: b + a, lambda x, y: y * 2 + x, args=(X, X)
     ),
     "several outputs": Case(
         lambda x, y: (jnp.sin(x) * y, jnp.cos(x) + y),
