@@ -9,7 +9,9 @@ Since JAX 0.11 a `ClosedJaxpr` *is* a `Jaxpr`. Here a "closed" jaxpr is one with
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -64,17 +66,20 @@ def hide(folder: str) -> None:
 
 def source_lines(eqn: Any, frames: int = 1) -> list[tuple[str, int, str]]:
     """The user's frames that made `eqn`, innermost first, as (file, line, function)."""
-    found = []
-    for frame in source_info_util.user_frames(eqn.source_info.traceback):
-        found.append((frame.file_name, frame.start_line, frame.function_name))
-        if len(found) == frames:
-            break
-    return found
+    found = itertools.islice(source_info_util.user_frames(eqn.source_info.traceback), frames)
+    return [(frame.file_name, frame.start_line, frame.function_name) for frame in found]
 
 
 def line_of(eqn: Any) -> str | None:
     """The user's line that made `eqn`, as "file.py:41 (function)"."""
     return next((f"{file}:{line} ({function})" for file, line, function in source_lines(eqn)), None)
+
+
+def line_now() -> str | None:
+    """The user's line that runs, in the same form."""
+    running = ((frame.f_code, line) for frame, line in traceback.walk_stack(None))
+    is_user = source_info_util.is_user_filename
+    return next((f"{c.co_filename}:{n} ({c.co_qualname})" for c, n in running if is_user(c.co_filename)), None)
 
 
 def scope_of(eqn: Any) -> str:

@@ -100,7 +100,7 @@ def checked(what: str, eqn: Any, avals: Sequence[Any], outputs: Any) -> list[Any
     types = [jax.typeof(x).str_short() if hasattr(x, "dtype") else type(x).__name__ for x in jax.tree.leaves(outputs)]
     raise GraphError(
         f"{what} returned {', '.join(types) or 'nothing'} for {', '.join(a.str_short() for a in avals)}.",
-        at=_jax.line_of(eqn),
+        at=_jax.line_of(eqn) or _jax.line_now(),  # what jnp's own functions hold has no line of the user's
         hint="return as many values as the equation has outputs, of their shapes and dtypes",
     )
 

@@ -38,8 +38,10 @@ def tap(f: Callable | None = None, *, where: Where) -> Any:
       A function as `f`, or a Graph. `seen` maps "scope/primitive#k" (the k-th of that name) to values in program order: an
       array; a tuple where the equation has several outputs; an array with a leading axis of iterations inside a scan;
       `(value, ran)` inside a cond, and for the last iteration of a while, where `ran` is a bool and value is zeros if it is
-      False. What `shard_map`, custom_linear_solve, a while with a batched predicate, and a traced function with effects and
-      its own derivative rule hold inside is not seen. Without `f`, a decorator.
+      False. What `shard_map`, custom_linear_solve, a while with a batched predicate, a traced function with effects and its
+      own derivative rule, and since JAX 0.12 a traced custom_root hold inside is not seen. A running function sees what its
+      Graph would; except that a Python number of which JAX makes an array before it is used, as in `x.at[0].multiply(2.0)`,
+      is no constant to it. Without `f`, a decorator.
     Raises:
       ArgumentError: `where` is neither.
 
@@ -179,14 +181,19 @@ class Frame:
 
     def used(self, value: Any, path: Path) -> Any:
         """A value as what uses it at `path` gets it: if it leaves its scope there, it is found."""
-        made = self.made.get(id(value))
-        if made is None or made.value() is not value:
+        made = self.made_as(value)
+        if made is None:
             return self.outer.used(value, path) if self.outer else value
         if is_within(path, made.scope):
             return value
         if made.place not in self.left:
             (self.left[made.place],) = self.noted(made.name, made.place, [value])
         return self.left[made.place]
+
+    def made_as(self, value: Any) -> Made | None:
+        """What is known of a value that a selected scope made."""
+        made = self.made.get(id(value))
+        return made if made and made.value() is value else None
 
     def noted(self, name: str, place: int, values: list[Any]) -> list[Any]:
         """Values that are found: as they are, or what replaces them."""
@@ -211,19 +218,28 @@ class Frame:
         if isinstance(eqn, _jax.JaxprEqn) and eqn.primitive.name == "shard_map" and self.probe.replace:
             return watched(_jax.bind, self)(eqn.primitive, eqn.params, values)
         path = self.here()
+        is_near = self.probe.scope(path, self.around) or any(id(x) in self.made for x in values)
+        if is_near and layouts.is_inlined(eqn):  # a traced function has what it computes in its place
+            body = layouts.bodies(eqn)[0].jaxpr
+            return run(body.jaxpr, [*body.consts, *values], self.apply)
         values = [self.used(x, path) for x in values]
         return self.outputs(eqn, path, values, self.bound(eqn, path, values))
 
     def outputs(self, eqn: Any, path: Path, values: Sequence[Any], outputs: list[Any]) -> list[Any]:
         """The outputs of an equation at `path`: selected, or made in a scope that is."""
         if layouts.is_elided(eqn, values, outputs):
+            made = self.made_as(values[0])
+            self.made.update({id(x): made._replace(value=weakref.ref(x)) for x in outputs} if made else {})
             return outputs
         scope = self.probe.scope(path, self.around)
-        for k, value in enumerate(outputs):
-            if scope and isinstance(value, jax.Array) and not any(value is x for x in values):
-                inner, lies = maker(eqn, k, path)
-                name = "/".join((*lies, inner.primitive.name))
-                self.made[id(value)] = Made(weakref.ref(value), scope, name, self.place())
+        if scope and not layouts.is_inlined(eqn):
+            # A value is known by its identity, and what returns its input makes a value too.
+            outputs = [x.copy() if any(x is v for v in values) else x for x in outputs]
+            for k, value in enumerate(outputs):
+                if isinstance(value, jax.Array):
+                    inner, lies = maker(eqn, k, path)
+                    name = "/".join((*lies, inner.primitive.name))
+                    self.made[id(value)] = Made(weakref.ref(value), scope, name, self.place())
         if self.probe.selects(eqn, path, map(jax.typeof, values), map(jax.typeof, outputs)):
             return self.noted("/".join((*path, eqn.primitive.name)), self.place(), outputs)
         return outputs

@@ -138,6 +138,13 @@ def test_a_body_that_is_rewritten_stands_in_place_of_its_composite_or_batching_r
         np.testing.assert_array_equal(jax.vmap(untouched)(X), 100 * jnp.sin(X))
 
 
+def test_a_wrong_rule_for_what_jnp_holds_is_named_at_the_line_that_calls_it():
+    wrong = {lax.round_p: lambda eqn, x, **_: x.sum()}
+    with pytest.raises(fg.GraphError) as e:
+        fg.live(lambda x: jnp.round(x), wrong)(X)
+    assert f"at      {__file__}:" in str(e.value)
+
+
 def test_an_empty_table_gives_the_function_itself():
     f = lambda x: x
     assert fg.live(f, fg.Rules("nothing")) is f

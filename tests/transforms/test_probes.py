@@ -8,6 +8,7 @@ import threading
 from collections import Counter, OrderedDict
 
 import jax
+import jax.ad_checkpoint
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
@@ -1127,6 +1128,60 @@ def test_what_has_no_room_is_left_as_it_is(form):
     )
 
 
+LAST = {
+    "x[i]": lambda x: x[jnp.array([1, 0])],
+    ".at[].set": lambda x: x.at[0].set(1.0),
+    ".at[].add": lambda x: jnp.sin(x).at[0].add(x[1]),
+    "astype": lambda x: jnp.sin(x).astype(jnp.float32),
+    "a Python number": lambda x: x * 2.0,
+    "gelu": jax.nn.gelu,
+    "softmax": jax.nn.softmax,
+    "where": lambda x: jnp.where(x > 0.5, x, 0.0),
+    "floor": lambda x: jnp.floor(x) + x,
+    "norm": lambda x: x / jnp.linalg.norm(x),
+    "sort": jnp.sort,
+    "cumsum": jnp.cumsum,
+    "tril": lambda x: jnp.tril(jnp.outer(x, x)),
+    "einsum": lambda x: jnp.einsum("i,j->ij", x, x),
+    "modulo": lambda x: x % 0.3,
+    "update": lambda x: lax.dynamic_update_slice(x, x[:1], (1,)),
+    "segments": lambda x: jax.ops.segment_sum(x, jnp.array([0, 0, 1, 1]), 2),
+    "nothing": lambda x: x,
+    "squeeze that does nothing": lambda x: jnp.squeeze(jnp.sin(x)),
+    "squeeze of an input": jnp.squeeze,
+    "real of an input": jnp.real,
+    "plus": lambda x: +x,
+    "stop_gradient": lambda x: lax.stop_gradient(jnp.sin(x)),
+    "stop_gradient of an input": lax.stop_gradient,
+    "checkpoint_name": lambda x: jax.ad_checkpoint.checkpoint_name(x, "kept"),
+    "device_put": lambda x: jax.device_put(jnp.sin(x)),
+    "an input of jit": lambda x: jax.jit(lambda x: (x, jnp.sin(x)))(x)[0],
+}
+DERIVATIVES = {"f": lambda f: f, "grad": jax.grad, "jvp": lambda f: lambda x: jax.jvp(f, (x,), (jnp.cos(x),))}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("op", LAST)
+def test_what_ends_a_scope_as_it_runs_and_as_it_is_traced(op, derivative):
+    def f(x):
+        with scope("a"):
+            y = LAST[op](x)
+        return jnp.sum(y * y) + jnp.sum(jnp.squeeze(y))
+
+    f = DERIVATIVES[derivative](f)
+    graph = fg.trace(f, X)
+    for where in ("a", "transpose/a"):
+        (_, seen), (_, want) = (fg.tap(g, where=where)(X) for g in (f, graph))
+        assert list(seen) == list(want)
+        assert_near(dict(seen), dict(want))
+        if want:
+            assert_near(*(fg.patch(g, where=where, replace=lambda v: v + v)(X) for g in (f, graph)))
+        else:
+            for form in FORMS:
+                with pytest.raises(fg.OptionError):
+                    fg.patch(form_of(f, form, X), where=where, replace=same)(X)
+
+
 def test_forwarded_and_repeated_values():
     def f(x):
         with scope("a"):
@@ -1283,7 +1338,7 @@ def test_replacements_of_another_type(replace, given, form):
             fg.patch(form_of(f, form, X), where=where, replace=replace)(X)
         head, *at, hint = line(e)
         assert head == f"replace= for a/sin returned {given} for float32[4]."
-        if where == "a":  # else the line of whoever traced jnp.sin first
+        if where == "a" or form == "function":  # else the line of whoever traced jnp.sin first
             assert re.fullmatch(rf"  at      {re.escape(__file__)}:\d+ \(.*f\)", at[0])
         assert hint == "  try     return as many values as the equation has outputs, of their shapes and dtypes"
 
