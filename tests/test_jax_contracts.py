@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from funcgrad.transforms import _jax, layouts
 from jax import lax
+from jax.experimental import compute_on
 from jax.sharding import PartitionSpec as P
 
 X = jnp.linspace(0.1, 1.0, 4)
@@ -31,6 +34,11 @@ def with_vjp(x):
 with_vjp.defvjp(lambda x: (x, None), lambda _, ct: (ct,))
 divide = lambda mv, b: b / 2
 psum = lambda x: lax.psum(x, "i")
+on_the_host = functools.partial(
+    getattr(compute_on, "compute_on2", None) or compute_on.compute_on,  # the same since JAX 0.11
+    compute_type="device_host",
+    out_memory_spaces=jax.memory.Space.Device,
+)
 
 HOLDERS = {
     "jit": (
@@ -56,6 +64,11 @@ HOLDERS = {
         lambda x: lax.custom_linear_solve(lambda v: v * 2, x, divide, divide),
         {"jaxprs", "const_lengths"},
         ["jaxprs[matvec]", "jaxprs[vecmat]", "jaxprs[solve]", "jaxprs[transpose_solve]"],
+    ),
+    "compute_on": (
+        lambda x: on_the_host(jnp.sin)(x),
+        {"jaxpr", "compute_type", "out_memory_spaces"},
+        ["jaxpr"],
     ),
     "shard_map": (
         lambda x: jax.shard_map(psum, mesh=MESH, in_specs=P("i"), out_specs=P())(x),

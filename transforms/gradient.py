@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from .arguments import argument_names, name_of
 from .errors import ArgumentError, NotScalarError, OptionError, location
 from .graph import Graph, trace
 from .living import live
-from .residuals import Halves, residuals_of
+from .residuals import Halves, in_program_order
 from .rules import Rule, Rules
 from .scopes import scoped
 
@@ -39,7 +40,7 @@ def differentiable(f: Callable, *, rules: UserRules | None = None) -> Callable:
         of the same values, at any depth of `f` (a straight-through estimator, a `jax.custom_vjp` function). Or scope pattern
         ("block_*/attention") -> `rule(region, *values)` for all equations of a scope, which are the Graph `region`: it returns
         what `region(*values)` does. Its `region.paths` say where the values come from, as "params['w']" or "encoder/tanh". For
-        scopes `f` is traced at every call, with respect to its arrays; what else it is given stays as it is. A mapping, or a
+        scopes `f` is traced at every call, with respect to its arrays, NumPy's too; what else it is given stays. A mapping, or a
         `Rules`, which keeps what was compiled for it from call to call of `vjp`, `jvp` and `linearize` too.
     Returns:
       A function as `f`; `f` itself where there is nothing to change.
@@ -54,8 +55,8 @@ def differentiable(f: Callable, *, rules: UserRules | None = None) -> Callable:
     """
     if rules is None:
         return live(f, _RULES)
-    if isinstance(rules, Rules):
-        return live(f, rules)
+    if not isinstance(rules, Mapping):
+        return live(f, Rules.of(rules, "rules="))
     scopes = {key: rule for key, rule in rules.items() if isinstance(key, str)}
     table: Any = {key: rule for key, rule in rules.items() if key not in scopes}
     return live(scoped(f, scopes) if scopes else f, Rules.of(table, "rules="))
@@ -190,6 +191,7 @@ def halves(graph: Graph, argnums: int | Sequence[int] = 0, *, rules: UserRules |
         raise ArgumentError(
             f"halves takes a Graph, and got {type(graph).__name__}.", hint="fg.halves(fg.trace(f, *args))"
         )
+    argnums = jax.tree.map(operator.index, argnums)
     is_inexact = lambda x: jax.dtypes.issubdtype(x.dtype, jax.numpy.inexact)
     body = differentiable(graph, rules=rules)
     pulls: list[Any] = []
@@ -197,7 +199,7 @@ def halves(graph: Graph, argnums: int | Sequence[int] = 0, *, rules: UserRules |
     def forward(*args, **kwargs):
         numbers = (argnums,) if isinstance(argnums, int) else argnums
         some_are_floats = any(is_inexact(x) for k in numbers if k < len(args) for x in tree_leaves(args[k]))
-        options = dict(argnums=argnums, holomorphic=False, allow_int=some_are_floats)
+        options = dict(argnums=argnums, holomorphic=False) | (dict(allow_int=True) if some_are_floats else {})
         if problem := _wrong_arguments("halves", graph, args, options):
             raise problem
         chosen = [k % len(args) for k in numbers]
@@ -214,7 +216,9 @@ def halves(graph: Graph, argnums: int | Sequence[int] = 0, *, rules: UserRules |
         return out, tuple(kept.values())
 
     forward = graph.derive(forward, f"forward({graph.name})")
+    forward, order, residuals = in_program_order(forward, len(forward.out_avals) - len(graph.out_avals))
     tree, places, constants = pulls[-1]
+    places = [order.index(k) if k >= 0 else k for k in places]
 
     def backward(kept, cotangents):
         leaves = [kept[k] if k >= 0 else constant for k, constant in zip(places, constants, strict=True)]
@@ -224,11 +228,10 @@ def halves(graph: Graph, argnums: int | Sequence[int] = 0, *, rules: UserRules |
         grads = jax.tree.map(lambda x: None if x.dtype == float0 else x, grads)
         return grads[0] if isinstance(argnums, int) else grads
 
-    count = len(forward.out_avals) - len(graph.out_avals)
     cotangents = tree_unflatten(graph.out_tree, [a if is_inexact(a) else None for a in graph.out_avals])
     backward = trace(backward, forward.out_avals[len(graph.out_avals) :], cotangents)
     backward = dataclasses.replace(backward, name=f"backward({graph.name})")
-    return Halves(forward, backward, residuals_of(forward, count))
+    return Halves(forward, backward, residuals)
 
 
 # ------------------------------------------------------------------------------------------------ the one way all go

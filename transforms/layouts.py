@@ -38,6 +38,7 @@ _BODIES = {
     "custom_jvp_call": ("call_jaxpr",),
     "custom_vjp_call": ("call_jaxpr",),
     "shard_map": ("jaxpr",),
+    "compute_on": ("jaxpr",),
 }
 
 # Their parameters hold Python functions too (rules not yet traced, specs computed by tracing), so these are entered as
@@ -110,6 +111,13 @@ def _jit(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]
     return _call(params, values, new)
 
 
+def _compute_on(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
+    types = _out_types(new[0].jaxpr)
+    spaces = tuple(aval.memory_space for aval in types[len(types) - new[0].extras :])
+    params["out_memory_spaces"] = tuple(params["out_memory_spaces"]) + spaces
+    return _call(params, values, new)
+
+
 def _scan(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
     n, extras = len(new[0].consts), new[0].extras
     if "num_consts" in params:
@@ -161,8 +169,7 @@ def is_elided(eqn: Any, values: Sequence[Any], outputs: Sequence[Any]) -> bool:
 
 def zeros(aval: Any) -> jax.Array:
     """Zeros of a type, keys among them."""
-    axes = getattr(aval, "manual_axis_type", None)
-    return _jax.vary(lax.full(aval.shape, 0, aval.dtype), axes.varying if axes else frozenset())
+    return _jax.vary(lax.full(aval.shape, 0, aval.dtype), _jax.axes_of(aval))
 
 
 def _out_types(jaxpr: _jax.ClosedJaxpr) -> list[Any]:
@@ -173,10 +180,8 @@ def _out_types(jaxpr: _jax.ClosedJaxpr) -> list[Any]:
 def _ignoring(jaxpr: _jax.ClosedJaxpr, avals: tuple[Any, ...]) -> _jax.ClosedJaxpr:
     """The same with inputs of these types behind its own, which it does not read."""
     inner = jaxpr.jaxpr
-    names = inner.debug_info.with_unknown_names()
-    return (
-        _jax.close(inner.replace(invars=[*inner.invars, *map(_jax.Var, avals)], debug_info=names)) if avals else jaxpr
-    )
+    invars = [*inner.invars, *map(_jax.Var, avals)]
+    return _jax.close(inner.replace(invars=invars, debug_info=_jax.unnamed(inner))) if avals else jaxpr
 
 
 @_jax.weakref_lru_cache
@@ -194,7 +199,7 @@ def _padded(
         return [*outputs[:own], *(x for part in filled for x in part)]
 
     return tuple(
-        _jax.stage_flat(partial(branch, k), [v.aval for v in j.jaxpr.invars], j.jaxpr.debug_info.with_unknown_names())
+        _jax.stage_flat(partial(branch, k), [v.aval for v in j.jaxpr.invars], _jax.unnamed(j.jaxpr))
         for k, j in enumerate(jaxprs)
     )
 
@@ -209,8 +214,7 @@ def _widened(
     branches = []
     for k, (j, n) in enumerate(zip(jaxprs, counts, strict=True)):
         consts = [v for i, others in enumerate(variables) for v in (j.invars[:n] if i == k else others)]
-        names = j.debug_info.with_unknown_names()
-        branches.append(_jax.close(j.replace(invars=[*consts, *j.invars[n:]], debug_info=names)))
+        branches.append(_jax.close(j.replace(invars=[*consts, *j.invars[n:]], debug_info=_jax.unnamed(j))))
     return tuple(branches)
 
 
@@ -228,7 +232,14 @@ def _linear_solve(params: dict, values: list, new: Sequence[Opened]) -> tuple[di
     return params, [*operands, *values[at:]]
 
 
-_LAYOUTS = {"jit": _jit, "scan": _scan, "while": _while, "cond": _cond, "custom_linear_solve": _linear_solve}
+_LAYOUTS = {
+    "jit": _jit,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "compute_on": _compute_on,
+    "custom_linear_solve": _linear_solve,
+}
 
 
 def emptied(params: dict) -> dict:
@@ -258,17 +269,27 @@ def _is_placed_freely(params: dict) -> bool:
     return all(x is None or x is _jax.UNSPECIFIED for key in keys for x in params[key])
 
 
-def fed(eqn: Any, operands: Sequence[Any]) -> list[list[Any]]:
-    """For each body of `eqn`, the operand that each of its inputs always is; None where it changes from run to run."""
-    name, p, given = eqn.primitive.name, eqn.params, [list(operands)]
-    if name == "scan":
-        given = [given[0][: p["num_consts"] if "num_consts" in p else len(p["ft_in"].unpack()[0])]]
-    elif name == "while":
+def operands(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
+    """For each body of `eqn`, which of its operands each input is at first, or is a part of; None where it is none."""
+    name, p, values = eqn.primitive.name, eqn.params, list(values)
+    if name == "while":
         n = p["cond_nconsts"]
-        given = [given[0][:n], given[0][n : n + p["body_nconsts"]]]
-    elif name == "cond":
-        given = [given[0][1:]] * len(p["branches"])
-    elif name in ("shard_map", "custom_linear_solve"):
-        given = [[]] * len(bodies(eqn))
-    counts = [len(body.jaxpr.jaxpr.invars) for body in bodies(eqn)]
-    return [[*found[:n], *[None] * (n - len(found))] for found, n in zip(given, counts, strict=True)]
+        return [values[:n] + values[n + p["body_nconsts"] :], values[n:]]
+    if name == "cond":
+        return [values[1:]] * len(p["branches"])
+    if name == "custom_linear_solve":
+        return [[None] * len(body.jaxpr.jaxpr.invars) for body in bodies(eqn)]
+    return [values]
+
+
+def fed(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
+    """As `operands`, with None also where an input is another value from run to run."""
+    name, p, inputs = eqn.primitive.name, eqn.params, operands(eqn, values)
+    counts = [len(given) for given in inputs]
+    if name == "scan":
+        counts = [p["num_consts"] if "num_consts" in p else len(p["ft_in"].unpack()[0])]
+    elif name == "while":
+        counts = [p["cond_nconsts"], p["body_nconsts"]]
+    elif name == "shard_map":
+        counts = [0]
+    return [[*given[:n], *[None] * (len(given) - n)] for given, n in zip(inputs, counts, strict=True)]

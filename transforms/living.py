@@ -32,7 +32,8 @@ def live(f: Callable, rules: Rules | Mapping[_jax.Primitive, Rule]) -> Callable:
 
     Args:
       f: any function. What a generator yields later runs without the rules, and so do the insides of what JAX has as one
-        operation: Pallas kernels, combiners of reductions and scatters, linear_call, run_state.
+        operation: Pallas kernels, combiners of reductions and scatters, linear_call, run_state, and since JAX 0.12 a
+        custom_root that is traced.
       rules: the table, or a mapping from primitives to rules; an empty one gives `f` itself.
     Returns:
       A function as `f`. Values stay plain arrays or the tracers of JAX's own transforms around it.

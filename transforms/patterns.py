@@ -27,7 +27,7 @@ from . import _jax, layouts
 from .arguments import name_of
 from .errors import ArgumentError, GraphError, location
 from .graph import Graph
-from .living import Bound, Living, apply
+from .living import Bound, Living, apply, retraced
 from .matching import Form, Keys, Level, Match, Node, Plan, Planner, Value, View, is_folded, type_of, where
 from .rules import Rules
 
@@ -340,9 +340,7 @@ class _Run(NamedTuple):
             return layouts.opened(jaxpr)
         inner, context = jaxpr.jaxpr, _jax.trace_context()
         if context not in plan.staged:
-            avals = [v.aval for v in (*inner.constvars, *inner.invars)]
-            new = _jax.stage_flat(lambda *values: self(plan, values), avals, _jax.names_of(inner))
-            plan.staged[context] = layouts.opened(new)
+            plan.staged[context] = retraced(inner, lambda *values: self(plan, values))
         opened = plan.staged[context]
         return layouts.Opened(opened.jaxpr, [*opened.consts, *jaxpr.consts])
 

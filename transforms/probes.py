@@ -237,8 +237,8 @@ class Frame:
             outputs = [x.copy() if any(x is v for v in values) else x for x in outputs]
             for k, value in enumerate(outputs):
                 if isinstance(value, jax.Array):
-                    inner, lies = maker(eqn, k, path)
-                    name = "/".join((*lies, inner.primitive.name))
+                    calls, lies = maker(eqn, k, path)
+                    name = "/".join((*lies, calls[-1].primitive.name))
                     self.made[id(value)] = Made(weakref.ref(value), scope, name, self.place())
         if self.probe.selects(eqn, path, map(jax.typeof, values), map(jax.typeof, outputs)):
             return self.noted("/".join((*path, eqn.primitive.name)), self.place(), outputs)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from . import _jax
+from . import _jax, layouts
 from .graph import Graph
-from .selecting import joined, maker
+from .selecting import Path, joined, maker
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Residual:
     """A value that the forward pass hands to the backward pass.
 
     Attributes:
-      path: the argument that it is, as "params['w']", or the "scope/primitive#k" that computed it; "constant" for a literal.
+      path: the argument that it is, as "params['w']", or the "scope/primitive#k" that computed it, as in a `tap` of the
+        forward Graph; "constant" for what is closed over and for literals.
       shape, dtype: of the array; inside a scan with its leading axis of iterations.
       bytes: its size.
       eqn: the equation that made it, at any depth of sub-graphs; None for an argument and a constant.
@@ -40,7 +43,7 @@ class Halves:
       forward: Graph from the arguments to `(out, kept)`; `kept` is a tuple of arrays, one for each of `residuals`.
       backward: Graph from `(kept, cotangents)` to the cotangents of the arguments in `argnums`. `cotangents` has the tree and
         types of `out`. None stands for what has no derivative (integers, bools, keys), in and out.
-      residuals: what is kept, in program order.
+      residuals: what is kept, in program order, arguments first.
     """
 
     forward: Graph
@@ -72,30 +75,45 @@ class Halves:
         return "\n".join((head, *lines))
 
 
-def residuals_of(forward: Graph, count: int) -> tuple[Residual, ...]:
-    """What the last `count` outputs of a graph are, and what made them."""
+def in_program_order(forward: Graph, count: int) -> tuple[Graph, list[int], tuple[Residual, ...]]:
+    """A graph whose last `count` outputs are sorted by what made them, which these were before, and what they are."""
     jaxpr = forward.jaxpr.jaxpr
-    paths = dict(zip(jaxpr.invars, forward.paths, strict=True))
+    known = {v: (-1, Residual("constant", *_type(v))) for v in jaxpr.constvars}
+    known.update((v, (k, Residual(forward.paths[k], *_type(v)))) for k, v in enumerate(jaxpr.invars))
     makers = {v: (eqn, k) for eqn in jaxpr.eqns for k, v in enumerate(eqn.outvars)}
     counts: Counter[str] = Counter()
+    named: dict[tuple, tuple[int, str]] = {}  # by an equation and the calls around it: its place, and its name in a tap
+    for calls, name in _named(jaxpr):
+        named[calls] = len(jaxpr.invars) + len(named), f"{name}#{counts[name]}"
+        counts[name] += 1
 
     def residual(v):
-        path, eqn, line = "constant" if isinstance(v, _jax.Literal) else paths.get(v), None, None
-        if path is None:
-            eqn, k = makers[v]
-            eqn, scopes = maker(
-                eqn,
-                k,
-                joined((), _jax.scopes(_jax.name_stack(eqn))),
-                ("jit", "remat2", "closed_call", "eval_jaxpr", "scan"),
-            )
-            name = "/".join((*scopes, eqn.primitive.name))
-            path, line = f"{name}#{counts[name]}", _jax.line_of(eqn)
-            counts[name] += 1
-        size = math.prod(v.aval.shape) * v.aval.dtype.itemsize
-        return Residual(path, tuple(v.aval.shape), v.aval.dtype, size, eqn, line)
+        if isinstance(v, _jax.Literal):
+            return -1, Residual("constant", *_type(v))
+        if v in makers:
+            calls, _ = maker(*makers[v], (), ("jit", "remat2", "closed_call", "eval_jaxpr", "scan"))
+            place, path = named[tuple(map(id, calls))]
+            return place, Residual(path, *_type(v), calls[-1], _jax.line_of(calls[-1]))
+        return known[v]
 
-    return tuple(map(residual, jaxpr.outvars[len(jaxpr.outvars) - count :]))
+    own, kept = jaxpr.outvars[: len(jaxpr.outvars) - count], jaxpr.outvars[len(jaxpr.outvars) - count :]
+    found = list(map(residual, kept))
+    order = sorted(range(count), key=lambda k: found[k][0])
+    new = _jax.close(jaxpr.replace(outvars=[*own, *(kept[k] for k in order)]), forward.jaxpr.consts)
+    return dataclasses.replace(forward, jaxpr=new), order, tuple(found[k][1] for k in order)
+
+
+def _type(v: Any) -> tuple:
+    return tuple(v.aval.shape), v.aval.dtype, math.prod(v.aval.shape) * v.aval.dtype.itemsize
+
+
+def _named(jaxpr: Any, around: Path = (), calls: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Each equation at any depth, by identity with the calls around it, and its "scope/primitive"."""
+    for eqn in jaxpr.eqns:
+        path = joined(around, _jax.scopes(_jax.name_stack(eqn)))
+        yield (*calls, id(eqn)), "/".join((*path, eqn.primitive.name))
+        for body in layouts.bodies(eqn):
+            yield from _named(body.jaxpr.jaxpr, path, (*calls, id(eqn)))
 
 
 def _size(n: float) -> str:

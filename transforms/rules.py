@@ -81,7 +81,11 @@ class Rules:
     @classmethod
     def of(cls, rules: Rules | Mapping[Primitive, Rule], name: str) -> Rules:
         """A table of rules as it is, or made of a mapping."""
-        return rules if isinstance(rules, Rules) else cls(name, rules)
+        if isinstance(rules, Rules):
+            return rules
+        if not isinstance(rules, Mapping):
+            raise ArgumentError(f"{name} takes rules as a mapping or Rules, and got {type(rules).__name__}.")
+        return cls(name, rules)
 
     def __repr__(self) -> str:
         names = ", ".join(sorted(p.name for p in self.table))

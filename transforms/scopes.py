@@ -27,7 +27,8 @@ def scoped(f: Callable, rules: Mapping[str, Callable]) -> Callable:
     """`f`, with each scope that a pattern of `rules` names computed by its rule.
 
     Args:
-      f: function or Graph. A function is traced with respect to its arrays; all other arguments stay as they are.
+      f: function or Graph. A function is traced with respect to its arrays, those of NumPy too; all other arguments stay
+        as they are.
       rules: scope pattern -> `rule(region, *values)`, where `region` is a Graph of the scope's equations. Its `paths` say where
         the values come from: an argument's path, or the scope and primitive that made them. The rule returns what
         `region(*values)` does, of the same shapes and dtypes. The first pattern that matches counts. Functions with their own
@@ -60,14 +61,9 @@ def scoped(f: Callable, rules: Mapping[str, Callable]) -> Callable:
         jaxpr, values, names, result = _traced(f, args, kwargs)
         scopes = Scopes(rules)
         outputs = scopes.evaluate(jaxpr.jaxpr, [*jaxpr.consts, *values], (), ["const"] * len(jaxpr.consts) + names)
-        missing = [pattern for pattern in rules if pattern not in scopes.found]
-        if missing:
-            raise OptionError(
-                f"rules= names the scope {missing[0]!r}, which {name_of(f)} does not have.",
-                at=location(f),
-                inputs=f"its scopes are {', '.join(_scopes_of(jaxpr, ())) or 'none'}",
-                hint="patterns look like 'block_*/attention'; a primitive is named as jax.lax.tanh_p, a scope by jax.named_scope",
-            )
+        for pattern in rules:
+            if pattern not in scopes.found:
+                raise _missing(f, pattern, scopes.found, list(_scopes_of(jaxpr)))
         return result(outputs)
 
     return with_rules
@@ -156,7 +152,7 @@ class Scopes:
         def apply(step, values):
             if isinstance(step, Region):
                 outputs = step.rule(step.graph, *values)
-                outputs = outputs if len(step.outvars) > 1 else [outputs]
+                outputs = [outputs] if len(step.outvars) == 1 else outputs
                 return checked(f"the rule of the scope {step.graph.name!r}", step, step.graph.out_avals, outputs)
             return self.bind(step, values, around, list(map(name, step.invars)))
 
@@ -189,7 +185,8 @@ class Scopes:
             return lambda *values: self.evaluate(jaxpr.jaxpr, values, path, names)
 
         jaxprs = [body.jaxpr for body in bodies]
-        functions = list(map(again, jaxprs, _operands(eqn, names)))
+        given = [[name or "" for name in inputs] for inputs in layouts.operands(eqn, names)]
+        functions = list(map(again, jaxprs, given))
         if eqn.primitive.name in layouts.INLINED:
             return functions[0](*jaxprs[0].consts, *values)
         opened = [retraced(j.jaxpr, f) for j, f in zip(jaxprs, functions, strict=True)]
@@ -210,22 +207,36 @@ def _region(
     return Region(invars, outvars, graph, rule, _jax.without_scopes(eqns[0].source_info), eqns[0].ctx)
 
 
-def _operands(eqn: Any, names: list[str]) -> list[list[str]]:
-    """What the inputs of each sub-graph are called, after the operands of its equation."""
-    if eqn.primitive.name == "while":
-        n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        return [names[:n] + names[n + m :], names[n:]]
-    if eqn.primitive.name == "cond":
-        return [names[1:]] * len(eqn.params["branches"])
-    return [
-        [""] * len(body.jaxpr.jaxpr.invars) if len(layouts.bodies(eqn)) > 1 else names for body in layouts.bodies(eqn)
-    ]
+def _missing(f: Any, pattern: str, found: set[str], scopes: list[tuple[Path, bool]]) -> OptionError:
+    """Why a pattern has found no scope."""
+    lying = [(path, is_open) for path, is_open in scopes if entered(pattern, path)]
+    other = next((p for p in found for path, is_open in lying if is_open and entered(p, path)), None)
+    if not lying:
+        why = f"which {name_of(f)} does not have"
+        hint = (
+            "patterns look like 'block_*/attention'; a primitive is named as jax.lax.tanh_p, a scope by jax.named_scope"
+        )
+    elif other:
+        why = f"which lies in what {other!r} names"
+        hint = (
+            "a scope has one rule, that of the first pattern that matches: put the inner scope first, or leave one out"
+        )
+    else:
+        why = "which lies in a function with its own derivative rule or a shard_map, which is not entered"
+        hint = "name a scope around that function"
+    names = ", ".join(filter(None, dict.fromkeys("/".join(path) for path, _ in scopes)))
+    return OptionError(
+        f"rules= names the scope {pattern!r}, {why}.",
+        at=location(f),
+        inputs=f"its scopes are {names or 'none'}",
+        hint=hint,
+    )
 
 
-def _scopes_of(jaxpr: _jax.ClosedJaxpr, around: Path) -> list[str]:
-    found: dict[str, None] = {}
+def _scopes_of(jaxpr: _jax.ClosedJaxpr, around: Path = (), is_open: bool = True) -> Iterator[tuple[Path, bool]]:
+    """The scopes at any depth, and whether rules go there."""
     for eqn in jaxpr.jaxpr.eqns:
         path = joined(around, _jax.scopes(_jax.name_stack(eqn)))
-        found.update(dict.fromkeys(["/".join(path)] if path else []))
-        found.update(dict.fromkeys(s for body in layouts.bodies(eqn) for s in _scopes_of(body.jaxpr, path)))
-    return list(found)
+        yield path, is_open
+        for body in layouts.bodies(eqn):
+            yield from _scopes_of(body.jaxpr, path, is_open and eqn.primitive.name not in layouts.FUNCTIONAL)

@@ -120,8 +120,8 @@ def is_within(path: Path, scope: Path) -> bool:
     return path[: len(scope)] == scope
 
 
-def maker(eqn: Any, k: int, path: Path, through: Sequence[str] = ("jit",)) -> tuple[Any, Path]:
-    """The equation that computes the k-th output of `eqn`, which lies at `path`, and where that one lies.
+def maker(eqn: Any, k: int, path: Path, through: Sequence[str] = ("jit",)) -> tuple[list[Any], Path]:
+    """The equation that computes the k-th output of `eqn`, behind the calls around it, and where it lies if `eqn` is at `path`.
 
     Args:
       through: the primitives that are looked through, whose outputs are those of their one sub-graph in order.
@@ -131,5 +131,6 @@ def maker(eqn: Any, k: int, path: Path, through: Sequence[str] = ("jit",)) -> tu
         for inner in jaxpr.eqns:
             if jaxpr.outvars[k] in inner.outvars:
                 path = joined(path, _jax.scopes(_jax.name_stack(inner)))
-                return maker(inner, inner.outvars.index(jaxpr.outvars[k]), path, through)
-    return eqn, path
+                calls, path = maker(inner, inner.outvars.index(jaxpr.outvars[k]), path, through)
+                return [eqn, *calls], path
+    return [eqn], path

@@ -156,6 +156,10 @@ ERRORS = {
         "  at      FILE (<lambda>)\n"
         "  try     leave it out of argnums, or cast it: float(rest[1]), or set allow_int=True",
     ),
+    "no rules": (
+        lambda: fg.grad(jnp.sin, rules=[1]),
+        "rules= takes rules as a mapping or Rules, and got list.",
+    ),
     "no function": (
         lambda: fg.grad(3.0),
         "grad takes a function or a Graph, and got float.\n  inputs  3.0",

@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import funcgrad as fg
 
+from ..test_jax_contracts import on_the_host
+
 X = jnp.linspace(0.1, 1.0, 4)
 SCALE = jnp.float32(1.3)
 MESH = jax.make_mesh((4,), ("i",), (jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:4])
@@ -75,6 +77,7 @@ def holders(sin):
         "custom_jvp": with_jvp,
         "custom_linear_solve": solve,
         "shard_map": shards,
+        "compute_on": on_the_host(lambda x: sin(x) * CONSTANT),
         "closed_call": lambda x: call(closed_call_p, x),
         "call": lambda x: call(call_p, x),
         "nested": nested,
@@ -148,7 +151,6 @@ def test_a_wrong_rule_for_what_jnp_holds_is_named_at_the_line_that_calls_it():
 def test_an_empty_table_gives_the_function_itself():
     f = lambda x: x
     assert fg.live(f, fg.Rules("nothing")) is f
-    assert fg.differentiable(f) is f
 
 
 def test_python_runs_as_it_is(capsys):

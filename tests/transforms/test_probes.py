@@ -21,6 +21,7 @@ import funcgrad as fg
 
 from ..checks import assert_close_values, assert_same_program, assert_same_values, options, summed
 from ..corpus import CORPUS
+from ..test_jax_contracts import on_the_host
 
 X = jnp.linspace(0.1, 1.0, 4)
 MESH = jax.make_mesh((4,), ("i",), (jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:4])
@@ -133,7 +134,7 @@ def interpreted(closed, args, around, found):
         path = "/".join(filter(None, (around, str(eqn.source_info.name_stack).removeprefix("vmap()"))))
         values, kind, p = [read(v) for v in eqn.invars], eqn.primitive.name, eqn.params
         outputs = _jax.bind(eqn.primitive, p, values)
-        if kind in ("jit", "remat2", "custom_jvp_call", "custom_vjp_call"):
+        if kind in ("jit", "remat2", "compute_on", "custom_jvp_call", "custom_vjp_call"):
             interpreted(p.get("jaxpr", p.get("call_jaxpr")), values, path, found)
         elif kind == "scan":
             found += scanned(p, values, path)
@@ -240,6 +241,7 @@ PROGRAMS = {
     "while": while_loop(jnp.sin),
     "fori": fori(jnp.sin),
     "remat": jax.checkpoint(lambda x: jnp.sin(jnp.sin(x)) * 2),
+    "compute_on": on_the_host(lambda x: jnp.sin(jnp.sin(x)) * 2),
     "custom_jvp": by_jvp,
     "custom_vjp": by_vjp,
     "relu and softplus": lambda x: jax.nn.relu(jax.nn.softplus(x) - 0.8),

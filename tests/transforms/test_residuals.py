@@ -81,6 +81,35 @@ def test_each_residual_says_what_made_it():
     assert halves.bytes == sum(r.bytes for r in halves.residuals) - found["x"].bytes - found["params['w']"].bytes
 
 
+def shared(x):
+    inner = jax.jit(lambda x: jnp.tanh(jnp.tanh(x)) * x)
+    with jax.named_scope("a"):
+        x = jnp.tanh(inner(inner(x)))
+    return jnp.sum(jnp.tanh(jnp.exp(2 * x)) * jax.jit(inner)(x))
+
+
+@pytest.mark.parametrize("f", [shared, lambda x: jnp.tanh(x) * x, lambda x: jnp.sin(x)[0] * jnp.cos(x)[1]])
+def test_residuals_have_the_order_and_the_names_of_a_tap(f):
+    x = jnp.linspace(0.1, 1.0, 3)
+    halves = fg.halves(fg.trace(f, x))
+    computed = [r for r in halves.residuals if r.eqn is not None]
+    assert len(computed) > 1
+    ((_, kept), seen) = fg.tap(halves.forward, where=lambda site: site.primitive.name != "jit")(x)
+    paths = [r.path for r in computed]
+    assert paths == [path for path in seen if path in set(paths)]
+    for residual, value in zip(halves.residuals, kept, strict=True):
+        np.testing.assert_array_equal(value, x if residual.eqn is None else seen[residual.path])
+
+
+def test_what_a_graph_closes_over_is_a_constant():
+    def f(x, c):
+        halves = fg.halves(fg.trace(lambda x: x * c, x))
+        assert [r.path for r in halves.residuals] == ["constant"]
+        return halves.backward(halves.forward(x)[1], jnp.ones_like(x))
+
+    np.testing.assert_array_equal(jax.jit(f)(X, 3 * X), 3 * X)
+
+
 def test_what_is_kept_is_what_the_residuals_say():
     halves = fg.halves(fg.trace(model, {"w": W}, X))
     _, kept = halves.forward({"w": W}, X)
@@ -147,7 +176,11 @@ def test_what_cannot_be_halved_is_named():
     with pytest.raises(TypeError, match=r"halves takes a Graph, and got function"):
         fg.halves(lambda x: x)
     graph = fg.trace(lambda n, x: x * n.astype(float), jnp.arange(3), jnp.float32(1))
-    with pytest.raises(TypeError, match="halves differentiates <lambda> with respect to n, which holds int32"):
+    with pytest.raises(TypeError, match="halves differentiates <lambda> with respect to n, which holds int32") as e:
         fg.halves(graph)
+    assert "allow_int" not in str(e.value)
     with pytest.raises(TypeError, match="needs 3 positional arguments"):
         fg.halves(graph, argnums=2)
+    with pytest.raises(TypeError):
+        fg.halves(graph, argnums=1.0)
+    assert fg.halves(graph, argnums=np.int64(1)).backward.out_avals[0].shape == ()

@@ -293,6 +293,52 @@ def test_a_scope_that_is_not_there_is_named():
     assert "its scopes are encoder, decoder" in str(info.value)
 
 
+def test_a_scope_that_no_rule_reaches_is_named_with_the_reason():
+    def f(x):
+        with jax.named_scope("outer"), jax.named_scope("inner"):
+            return jnp.sin(x)
+
+    @jax.custom_jvp
+    def with_rule(x):
+        return f(x)
+
+    with_rule.defjvp(lambda primals, tangents: (with_rule(*primals), tangents[0]))
+    for program, rules, reason in (
+        (f, {"outer": same, "inner": same}, "'inner', which lies in what 'outer' names."),
+        (lambda x: lax.scan(lambda c, _: (f(c), None), x, None, 2)[0], {"inner": same}, None),
+        (lambda x: with_rule(x), {"inner": same}, "'inner', which lies in a function with its own derivative rule"),
+    ):
+        if reason:
+            with pytest.raises(fg.OptionError, match=reason):
+                fg.differentiable(program, rules=rules)(1.0)
+        else:
+            fg.differentiable(program, rules=rules)(1.0)
+
+
+def test_a_scope_that_nothing_leaves():
+    def f(x):
+        with jax.named_scope("unused"):
+            jnp.sin(x)
+        with jax.named_scope("printed"):
+            jax.debug.callback(lambda x: None, x)
+        return x
+
+    assert fg.grad(f, rules={"unused": same, "printed": lambda region, *values: region(*values)})(1.0) == 1
+
+
+def test_numpy_arrays_are_arrays():
+    seen = []
+
+    def f(x, mask):
+        with jax.named_scope("masked"):
+            return jnp.sum(x * mask)
+
+    fg.grad(f, rules={"masked": lambda region, *values: seen.append(region.paths) or region(*values)})(
+        X, np.ones(3, np.float32)
+    )
+    assert seen == [("mask", "x")]
+
+
 def test_what_a_rule_returns_is_checked_at_the_users_line():
     with pytest.raises(fg.GraphError) as info:
         fg.grad(loss, rules={"encoder": lambda region, *values: region(*values)[0]})(PARAMS, X)
