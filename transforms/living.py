@@ -9,10 +9,12 @@ are not arrays.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from . import _jax, layouts
 from .errors import GraphError
@@ -176,12 +178,20 @@ def run(jaxpr: _jax.Jaxpr, values: Sequence[Any], apply: Callable) -> list[Any]:
         return atom.val if isinstance(atom, _jax.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
-        with _jax.context_of(eqn):
+        with _jax.context_of(eqn), of_width(v.aval for v in (*eqn.invars, *eqn.outvars)):
             outputs = apply(eqn, [read(v) for v in eqn.invars])
         env.update((v, x) for v, x in zip(eqn.outvars, outputs, strict=True) if v in last)
         for var in {v for v in eqn.invars if not isinstance(v, _jax.Literal) and last[v] is eqn}:
             del env[var]  # frees the memory of an eager run as it goes
     return [read(v) for v in jaxpr.outvars]
+
+
+def of_width(avals: Iterable[Any]) -> AbstractContextManager:
+    """A context with 64-bit types where values have them: a graph keeps those that `jax.enable_x64` gave when it was traced."""
+    return jax.enable_x64(True) if any(getattr(a, "dtype", None) in _WIDE for a in avals) else nullcontext()
+
+
+_WIDE = frozenset(map(np.dtype, ("int64", "uint64", "float64", "complex128")))
 
 
 class Watch(_jax.Trace):

@@ -20,7 +20,7 @@ from . import _jax, layouts
 
 LARGE = 1000  # equations: a jit of more is searched on its own, and not looked through
 COMMUTATIVE = frozenset({"add", "mul", "max", "min", "and", "or", "xor", "eq", "ne"})
-# Parameters that say nothing of what an equation computes; `name` where it is that of a body.
+# Parameters that say nothing of what an equation computes; nor does `name` where it is that of a body, except a composite's.
 UNSAID = frozenset({"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "num_consts", "weak_type"})
 
 
@@ -42,7 +42,8 @@ class Keys:
 
     def operation(self, primitive: Any, params: Mapping[str, Any], avals: Sequence[Any]) -> int:
         """A primitive with its parameters and the shapes and dtypes of its operands."""
-        unsaid = {*UNSAID, "name"} if any(map(_is_jaxpr, params.values())) else UNSAID
+        is_named = primitive.name == "composite" or not any(map(_is_jaxpr, params.values()))
+        unsaid = UNSAID if is_named else {*UNSAID, "name"}
         said = ((k, self.parameter(v)) for k, v in sorted(params.items()) if k not in unsaid)
         types = [self(a.shape, a.dtype) if hasattr(a, "dtype") else self(a) for a in avals]
         types = sorted(types) if name_of(primitive) in COMMUTATIVE else types
@@ -54,6 +55,8 @@ class Keys:
             return self.body(value)
         if isinstance(value, tuple | list):
             return tuple(map(self.parameter, value))
+        if isinstance(value, float | complex | np.inexact):  # 0.0 == -0.0
+            return self.const(value)
         try:
             return self("parameter", value)
         except TypeError:

@@ -27,7 +27,7 @@ from . import _jax, layouts
 from .arguments import name_of
 from .errors import ArgumentError, GraphError, location
 from .graph import Graph
-from .living import Bound, Living, apply, retraced
+from .living import Bound, Living, apply, of_width, retraced
 from .matching import Form, Keys, Level, Match, Node, Plan, Planner, Value, View, is_folded, type_of, where
 from .rules import Rules
 
@@ -304,7 +304,7 @@ class _Run(NamedTuple):
 
         write([*level.jaxpr.constvars, *level.jaxpr.invars], values)
         for item in level.items:
-            with _jax.context_of(item.eqn):
+            with _jax.context_of(item.eqn), of_width(v.aval for v in (*item.eqn.invars, *item.eqn.outvars)):
                 write(item.eqn.outvars, self._outputs(plan, item, list(map(read, item.eqn.invars)), found))
         return list(map(read, level.jaxpr.outvars))
 

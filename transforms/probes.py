@@ -21,10 +21,10 @@ from jax.tree_util import tree_flatten, tree_map, tree_unflatten
 
 from . import _jax, layouts
 from .arguments import name_of
-from .errors import OptionError, location
+from .errors import ArgumentError, OptionError, location
 from .graph import Graph
-from .living import Bound, Watch, checked, run
-from .selecting import Path, Selection, Where, check_where, is_within, joined, maker
+from .living import Bound, Watch, checked, of_width, run
+from .selecting import Path, Probe, Where, check_where, is_within, joined, maker
 
 
 def tap(f: Callable | None = None, *, where: Where) -> Any:
@@ -43,7 +43,7 @@ def tap(f: Callable | None = None, *, where: Where) -> Any:
       Graph would; except that a Python number of which JAX makes an array before it is used, as in `x.at[0].multiply(2.0)`,
       is no constant to it. Without `f`, a decorator.
     Raises:
-      ArgumentError: `where` is neither.
+      ArgumentError: `where` is neither, or `f`. Also a TypeError.
 
     >>> import jax.numpy as jnp
     >>> def model(x):
@@ -57,7 +57,7 @@ def tap(f: Callable | None = None, *, where: Where) -> Any:
     check_where("tap", where)
     if f is None:
         return functools.partial(tap, where=where)
-    return _of_form(f, f"tap({name_of(f)})", _probed(f, Probe(where), lambda out, frame: (out, frame.seen())))
+    return _probed("tap", f, Probe(where), lambda out, frame: (out, frame.seen()))
 
 
 def patch(f: Callable | None = None, *, where: Where, replace: Any) -> Any:
@@ -95,14 +95,13 @@ def patch(f: Callable | None = None, *, where: Where, replace: Any) -> Any:
         return out
 
     values = replace if callable(replace) else lambda *_: replace
-    return _of_form(f, f"patch({name_of(f)})", _probed(f, Probe(where, values), finish))
+    return _probed("patch", f, Probe(where, values), finish)
 
 
-def _of_form(f: Any, name: str, probed: Callable) -> Any:
-    return f.derive(probed, name) if isinstance(f, Graph) else probed
+def _probed(verb: str, f: Callable, probe: Probe, finish: Callable[[Any, Frame], Any]) -> Any:
+    if not callable(f):
+        raise ArgumentError(f"{verb} takes a function or a Graph, and got {type(f).__name__}.", inputs=f"{f!r:.60}")
 
-
-def _probed(f: Callable, probe: Probe, finish: Callable[[Any, Frame], Any]) -> Callable:
     @functools.wraps(f, updated=())
     @_jax.api_boundary
     def probed(*args, **kwargs):
@@ -114,7 +113,7 @@ def _probed(f: Callable, probe: Probe, finish: Callable[[Any, Frame], Any]) -> C
             out = watched(f, frame)(*args, **kwargs)
         return finish(tree_map(frame.returned, out), frame)
 
-    return probed
+    return f.derive(probed, f"{verb}({name_of(f)})") if isinstance(f, Graph) else probed
 
 
 class Found(NamedTuple):
@@ -136,14 +135,6 @@ class Made(NamedTuple):
 
 class Effect(BaseException):
     """What is computed beside the program has an effect, and may not have it twice."""
-
-
-class Probe(Selection):
-    """What is selected and what becomes of it, for every call of one tapped or patched function."""
-
-    def __init__(self, where: Where, replace: Callable | None = None):
-        super().__init__(where)
-        self.replace = replace
 
 
 class Frame:
@@ -201,9 +192,10 @@ class Frame:
             self.found.append((place, Found(name, values[0] if len(values) == 1 else tuple(values))))
             return values
         self.found.append((place, Found(name, None)))
-        new = self.probe.replace(*values)
-        here = Bound(None, {}, _jax.current_source())
-        return checked(f"replace= for {name}", here, list(map(jax.typeof, values)), new if len(values) > 1 else [new])
+        avals, here = list(map(jax.typeof, values)), Bound(None, {}, _jax.current_source())
+        with of_width(avals):
+            new = self.probe.replace(*values)
+            return checked(f"replace= for {name}", here, avals, new if len(values) > 1 else [new])
 
     # What happens to one equation
 

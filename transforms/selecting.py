@@ -47,14 +47,27 @@ def op(*primitives: str | _jax.Primitive) -> Callable[[Site], bool]:
             f"op takes primitives or their names, and got {', '.join(f'{p!r:.40}' for p in primitives) or 'nothing'}.",
             hint='fg.op("tanh") or fg.op(jax.lax.tanh_p); fg.walk(graph) shows those of a graph',
         )
-    return lambda site: site.primitive.name in names
+    return Primitives(names)
 
 
-class Selection:
-    """What `where` selects, and where."""
+class Primitives(NamedTuple):
+    """The predicate that `op` makes."""
 
-    def __init__(self, where: Where):
-        self.where = where
+    names: frozenset[str]
+
+    def __call__(self, site: Site) -> bool:
+        """Whether the equation is of one of these primitives."""
+        return site.primitive.name in self.names
+
+    def __repr__(self) -> str:
+        return f"op({', '.join(map(repr, sorted(self.names)))})"
+
+
+class Probe:
+    """What `where` selects, and what replaces it: a function of the values, or None, which leaves them as they are."""
+
+    def __init__(self, where: Where, replace: Callable | None = None):
+        self.where, self.replace = where, replace
         self.memo: WeakKeyDictionary[_jax.Jaxpr, dict[Any, Any]] = WeakKeyDictionary()  # what is known of sub-graphs
 
     def scope(self, path: Path, around: Path) -> Path | None:

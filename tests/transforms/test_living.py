@@ -148,6 +148,15 @@ def test_a_wrong_rule_for_what_jnp_holds_is_named_at_the_line_that_calls_it():
     assert f"at      {__file__}:" in str(e.value)
 
 
+def test_rules_of_a_graph_that_was_traced_with_64_bits_in_part():
+    def f(x):
+        with jax.enable_x64(True):
+            return lax.convert_element_type(lax.sin(lax.convert_element_type(x, jnp.float64)), jnp.float32)
+
+    for run in (fg.live(f, RULES), fg.rewrite(fg.trace(f, X), RULES)):
+        np.testing.assert_allclose(run(X), 2 * jnp.sin(X), rtol=1e-6)
+
+
 def test_an_empty_table_gives_the_function_itself():
     f = lambda x: x
     assert fg.live(f, fg.Rules("nothing")) is f

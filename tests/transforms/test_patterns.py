@@ -347,6 +347,33 @@ def test_a_jit_that_says_more_than_its_body_is_not_looked_through():
     assert before.params["donated_invars"] == after.params["donated_invars"] == (True,)
 
 
+def test_composites_of_other_names_are_others():
+    named = lambda name: lambda x: lax.composite(lambda x: jnp.sin(x) * 2, name)(x)
+    graph = fg.trace(lambda x: named("mine.a")(x) + named("mine.b")(x * 3), X)
+    new = fg.replace(graph, named("mine.a"), lambda x: x * 100)
+    assert new.count == 1
+    np.testing.assert_allclose(new(X), X * 100 + jnp.sin(X * 3) * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("fill", "count"), [(0.0, 0), (-0.0, 1), (np.nan, 0)])
+def test_parameters_are_equal_to_the_bit(fill, count):
+    rows = lax.GatherDimensionNumbers(offset_dims=(0,), collapsed_slice_dims=(0,), start_index_map=(0,))
+    taken = lambda fill: lambda x: lax.gather(x, jnp.array([7]), rows, (1, 4), mode="fill", fill_value=fill)
+    found = lambda a, b: fg.replace(fg.trace(taken(a), X), taken(b), lambda x: jnp.full(4, 5.0)).count
+    assert found(-0.0, fill) == count
+    assert found(np.nan, float("nan")) == 1
+
+
+def test_a_graph_that_was_traced_with_64_bits_in_part():
+    def f(x):
+        with jax.enable_x64(True):
+            return lax.convert_element_type(jnp.cos(lax.convert_element_type(x, jnp.float64)), jnp.float32)
+
+    new = fg.replace(fg.trace(f, X), lambda x: jnp.cos(x), lambda x: x * 2)
+    assert new.count == 1
+    np.testing.assert_allclose(new(X), X * 2, rtol=1e-6)
+
+
 def test_constants_are_known_inside_sub_graphs():
     def f(x):
         y = lax.scan(lambda c, _: (jnp.sin(c * W), None), x, None, length=2)[0]

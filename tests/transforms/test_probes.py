@@ -1315,6 +1315,27 @@ def test_nothing_found():
     assert isinstance(e.value, ValueError)
     with pytest.raises(fg.OptionError, match="patch found nothing in f that"):
         fg.patch(fg.trace(f, 1.0), where=fg.op("cos"), replace=0.0)
+    with pytest.raises(fg.OptionError, match=re.escape("f that where=op('cos', 'tanh') selects")):
+        fg.patch(f, where=fg.op("tanh", lax.cos_p), replace=0.0)(1.0)
+
+
+@pytest.mark.parametrize("verb", [fg.tap, lambda f, where: fg.patch(f, where=where, replace=0.0)])
+def test_what_is_no_function(verb):
+    with pytest.raises(fg.ArgumentError, match="takes a function or a Graph, and got int"):
+        verb(3, where="a")
+
+
+def test_a_graph_that_was_traced_with_64_bits_in_part():
+    def f(x):
+        with jax.enable_x64(True):
+            with scope("wide"):
+                y = lax.convert_element_type(jnp.sin(x), jnp.float64) * np.float64(3)
+            return lax.convert_element_type(y, jnp.float32)
+
+    for where in ("wide", fg.op("mul")):
+        for form in FORMS:
+            got = fg.patch(form_of(f, form, X), where=where, replace=lambda y: y * 2)(X)
+            assert_near(got, 6 * jnp.sin(X))
 
 
 @pytest.mark.parametrize(

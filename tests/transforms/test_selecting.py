@@ -8,7 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from funcgrad.transforms.selecting import Selection, entered, is_within, joined
+from funcgrad.transforms.selecting import Probe, entered, is_within, joined
 from jax import lax
 
 import funcgrad as fg
@@ -142,16 +142,16 @@ def test_where_is_a_pattern_or_a_predicate(verb, where):
 
 def test_what_a_sub_graph_holds_is_asked_once():
     asked = []
-    selection = Selection(lambda site: asked.append(site.primitive) or site.primitive is lax.cos_p)
+    probe = Probe(lambda site: asked.append(site.primitive) or site.primitive is lax.cos_p)
     jaxpr = jax.make_jaxpr(scoped)(X).jaxpr
     for _ in range(3):
-        assert not selection.holds(jaxpr, ())
+        assert not probe.holds(jaxpr, ())
     assert len(asked) == 3
-    assert Selection(fg.op("sin")).holds(jaxpr, ())
-    assert Selection("outer").holds(jaxpr, ())
-    assert not Selection("outer").holds(jaxpr, ("outer",))  # nothing leaves the scope in it
-    assert len(selection.memo) == 3
+    assert Probe(fg.op("sin")).holds(jaxpr, ())
+    assert Probe("outer").holds(jaxpr, ())
+    assert not Probe("outer").holds(jaxpr, ("outer",))  # nothing leaves the scope in it
+    assert len(probe.memo) == 3
     del jaxpr
     jax.clear_caches()
     gc.collect()
-    assert len(selection.memo) == 0  # what is known of a sub-graph goes with it
+    assert len(probe.memo) == 0  # what is known of a sub-graph goes with it
