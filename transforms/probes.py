@@ -225,10 +225,10 @@ class Frame:
             return outputs
         scope = self.probe.scope(path, self.around)
         if scope and not layouts.is_inlined(eqn):
-            # A value is known by its identity, and what returns its input makes a value too.
-            outputs = [x.copy() if any(x is v for v in values) else x for x in outputs]
             for k, value in enumerate(outputs):
                 if isinstance(value, jax.Array):
+                    if any(value is x for x in values):  # what returns its input makes a value too
+                        outputs[k] = value = value.copy()
                     calls, lies = maker(eqn, k, path)
                     name = "/".join((*lies, calls[-1].primitive.name))
                     self.made[id(value)] = Made(weakref.ref(value), scope, name, self.place())

@@ -1130,6 +1130,8 @@ def test_what_has_no_room_is_left_as_it_is(form):
     )
 
 
+returned = jax.custom_jvp(lambda x: x)
+returned.defjvp(lambda primals, tangents: (returned(*primals), tangents[0]))
 LAST = {
     "x[i]": lambda x: x[jnp.array([1, 0])],
     ".at[].set": lambda x: x.at[0].set(1.0),
@@ -1157,6 +1159,8 @@ LAST = {
     "stop_gradient of an input": lax.stop_gradient,
     "checkpoint_name": lambda x: jax.ad_checkpoint.checkpoint_name(x, "kept"),
     "device_put": lambda x: jax.device_put(jnp.sin(x)),
+    "an input of a function with a rule": lambda x: returned(jnp.sin(x)),
+    "a key": lambda x: jax.random.uniform(lax.stop_gradient(jax.random.key(0)), x.shape) * x,
     "an input of jit": lambda x: jax.jit(lambda x: (x, jnp.sin(x)))(x)[0],
 }
 DERIVATIVES = {"f": lambda f: f, "grad": jax.grad, "jvp": lambda f: lambda x: jax.jvp(f, (x,), (jnp.cos(x),))}
