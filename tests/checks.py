@@ -65,6 +65,13 @@ def assert_close_values(got: Any, want: Any) -> None:
             assert_same_values(a, b)
 
 
+def assert_near(got: Any, want: Any, tolerance: float) -> None:
+    """Equal shapes and dtypes, and values that differ by no more than `tolerance` of the largest of each leaf, or of 1."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (jnp.shape(a), jnp.result_type(a)) == (jnp.shape(b), jnp.result_type(b))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, float(jnp.max(jnp.abs(b)))))
+
+
 def _kind(x: Any) -> tuple:
     base = jax.Array if isinstance(x, jax.Array) else type(x)
     return base, getattr(x, "shape", None), getattr(x, "dtype", None), getattr(x, "weak_type", None)

@@ -19,7 +19,7 @@ TRANSFORMS = {"gradient", "batching", "compilation"}
 ALSO = {
     "graph": {"listing", "living"},
     "listing": {"graph"},
-    "gradient": {"residuals", "scopes"},
+    "gradient": {"residuals", "scopes", "loops"},
     "patterns": {"matching"},
     "compilation": {"retraces"},
 }
@@ -43,6 +43,13 @@ def test_private_jax_is_reached_through_one_door(path):
         return
     private = {m for m in imports(path) if m.startswith(("jax._src", "jaxlib", "jax.interpreters", "jax.extend"))}
     assert not private
+
+
+@pytest.mark.parametrize("path", sorted(ENGINE.glob("*/[!_]*.py")), ids=lambda p: f"{p.parent.stem}/{p.stem}")
+def test_folders_of_the_engine_import_to_the_left(path):
+    outside = {m.lstrip(".").split(".")[0] for m in imports(path) if m.startswith("..")} - {""}
+    assert not any(m.startswith(("...", "funcgrad")) for m in imports(path))
+    assert outside <= set(ORDER)
 
 
 @pytest.mark.parametrize("path", sorted(ENGINE.glob("[!_]*.py")), ids=lambda p: p.stem)

@@ -67,7 +67,6 @@ def test_same_values_eagerly(p, transform, form):
     check_eager(fg, transform, p, form)
 
 
-@pytest.mark.xfail(reason="the rule for while is to come", strict=True)
 @pytest.mark.parametrize("p", LOOPS, ids=str)
 def test_loops_are_reversed(p):
     """Reverse mode through while loops agrees with JAX's own forward mode."""

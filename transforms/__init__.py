@@ -34,6 +34,7 @@ from .gradient import (
 from .graph import Graph, trace, walk
 from .interpreter import interpret, rewrite, verify
 from .living import live
+from .loops import Loops
 from .patterns import Replaced, replace
 from .probes import patch, tap
 from .residuals import Halves, Residual
@@ -48,6 +49,7 @@ __all__ = [
     "Graph",
     "GraphError",
     "Halves",
+    "Loops",
     "MissingExtra",
     "NotFiniteError",
     "NotScalarError",

@@ -1,7 +1,6 @@
-"""The only door to non-public JAX: `Trace`, and the layouts of equations that hold sub-graphs.
+"""The only door to non-public JAX: `Trace`, staging, binding, and primitives of our own.
 
-Everything that JAX may move lies here, in three parts: staging a function into a jaxpr, binding equations, and where each
-primitive keeps its sub-graphs. `tests/test_jax_contracts.py` pins what is used, per version.
+Everything that JAX may move lies here. `tests/test_jax_contracts.py` pins what is used, per version.
 
 Since JAX 0.11 a `ClosedJaxpr` *is* a `Jaxpr`. Here a "closed" jaxpr is one with `.consts`; on 0.10 that is a `ClosedJaxpr`.
 """
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from jax import Array, lax
 from jax._src import api_util, config, core, dtypes, source_info_util, traceback_util
 from jax._src import linear_util as lu
+from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import _convert_element_type
 from jax._src.sharding_impls import UNSPECIFIED as UNSPECIFIED
@@ -50,6 +50,7 @@ set_current_trace = core.set_current_trace
 take_current_trace = core.take_current_trace
 signature_of = api_util.fun_signature
 last_used = core.last_used
+no_names = core.DebugInfo("funcgrad", "sweep", None, None)
 short_dtype = dtypes.short_dtype_name
 trace_context = config.trace_context  # the configuration that a trace depends on, as a hashable value
 
@@ -148,14 +149,22 @@ def without_results(jaxpr: Jaxpr) -> Any:
     return jaxpr.debug_info._replace(result_paths=None)
 
 
-def part_of(jaxpr: Jaxpr, invars: Sequence[Var], outvars: Sequence[Var], eqns: Sequence[JaxprEqn]) -> ClosedJaxpr:
-    """Some neighbouring equations of a jaxpr, as a jaxpr of their own."""
-    effects = pe.make_jaxpr_effects([], invars, outvars, eqns)
+def part_of(
+    jaxpr: Jaxpr, invars: Sequence[Var], outvars: Sequence[Var], eqns: Sequence[JaxprEqn], consts: Sequence[Any] = ()
+) -> ClosedJaxpr:
+    """Some equations of a jaxpr as a jaxpr of their own, with the values of its constant variables."""
+    constvars = jaxpr.constvars if consts else []
+    effects = pe.make_jaxpr_effects(constvars, invars, outvars, eqns)
     names = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
     inner = jaxpr.replace(
-        constvars=[], invars=list(invars), outvars=list(outvars), eqns=list(eqns), effects=effects, debug_info=names
+        constvars=constvars,
+        invars=list(invars),
+        outvars=list(outvars),
+        eqns=list(eqns),
+        effects=effects,
+        debug_info=names,
     )
-    return close(inner)
+    return close(inner, consts)
 
 
 def check_jaxpr(jaxpr: ClosedJaxpr) -> None:
@@ -191,8 +200,13 @@ def unforeseen(values: Sequence[Any]) -> frozenset[str]:
 
 def varying(values: Sequence[Any]) -> frozenset[str]:
     """The mesh axes along which some of these values differ, inside a `shard_map` that keeps account of them."""
-    found = (getattr(core.typeof(v), "manual_axis_type", None) for v in values)
-    return frozenset().union(*(m.varying for m in found if m))
+    return frozenset().union(*(axes_of(core.typeof(v)) for v in values))
+
+
+def axes_of(aval: Any) -> frozenset[str]:
+    """The mesh axes along which values of this type differ."""
+    axes = getattr(aval, "manual_axis_type", None)
+    return axes.varying if axes else frozenset()
 
 
 def mesh_of(values: Sequence[Any]) -> Any:
@@ -356,5 +370,81 @@ def staged(value: Any) -> Any:
 
 def varied(value: Any, aval: Any) -> Any:
     """`value` as one that differs along the mesh axes that `aval` does."""
-    axes = getattr(aval, "manual_axis_type", None)
-    return vary(value, axes.varying) if axes else value
+    return vary(value, axes_of(aval))
+
+
+# ------------------------------------------------------------------------------------------------ new primitives
+
+
+def primitive(
+    name: str, impl: Callable, eager: Callable, types: Callable, jvp: Callable, batch: Callable, transpose: Callable
+) -> Primitive:
+    """A primitive of funcgrad's own with several outputs, which lowers to what `impl` computes.
+
+    Args:
+      impl, eager: `impl(*values, **params) -> values`, and the same at once.
+      types: `types(*avals, **params) -> (avals, effects)`.
+      jvp: `jvp(primals, tangents, **params) -> (outputs, tangents)`, None for a tangent that is zero.
+      batch: `batch(axis, values, dims, **params) -> (outputs, dims)`; `axis` is for `batched`.
+      transpose: `transpose(cotangents, *values, **params) -> cotangents`, None for one that is zero, and for a linear value.
+    """
+    new = Primitive(name)
+    new.multiple_results = True
+    new.def_impl(eager)
+    new.def_effectful_abstract_eval(types)
+
+    def with_zeros(primals, tangents, **params):
+        known = [None if type(t) is ad.Zero else t for t in tangents]
+        outputs, found = jvp(primals, known, **params)
+        zero = lambda x: ad.Zero(core.typeof(x).to_tangent_aval())
+        return outputs, [zero(x) if t is None else t for x, t in zip(outputs, found, strict=True)]
+
+    def transposed(cotangents, *values, **params):
+        cotangents = [None if type(c) is ad.Zero else c for c in cotangents]
+        return transpose(cotangents, *(None if ad.is_undefined_primal(x) else x for x in values), **params)
+
+    ad.primitive_jvps[new] = with_zeros
+    ad.primitive_transposes[new] = transposed
+    batching.fancy_primitive_batchers[new] = batch
+    mlir.register_lowering(new, mlir.lower_fun(impl, multiple_results=True))
+    return new
+
+
+def split_by(rule: Callable, new: Primitive) -> None:
+    """Enter how a primitive of funcgrad's own is split where some of its inputs are not known yet, while JAX linearizes.
+
+    Args:
+      rule: `rule(values, later, **params) -> outputs`, with None for a value that is not known, and `later(primitive, values,
+        params)`, which computes with those: it takes None for one of them, in order.
+    """
+
+    def split(trace, *tracers, **params):
+        values = [t.pval.get_known() for t in map(trace.to_jaxpr_tracer, tracers)]
+        if all(x is None for x in values) or not any(x is None for x in values):
+            return trace.default_process_primitive(new, tracers, params)
+        unknown = iter([t for t, x in zip(tracers, values, strict=True) if x is None])
+        stage = lambda x: next(unknown) if x is None else trace.new_const(x)
+        later = lambda other, given, options: trace.default_process_primitive(other, list(map(stage, given)), options)
+        with core.set_current_trace(trace.parent_trace):
+            return rule(values, later, **params)
+
+    pe.custom_partial_eval_rules[new] = split
+
+
+def batched(
+    jaxpr: ClosedJaxpr, axis: Any, flags: Sequence[bool], forced: Sequence[bool] | bool
+) -> tuple[ClosedJaxpr, list[bool]]:
+    """A jaxpr for inputs with a leading axis where flagged, and which outputs have one; they do where `forced`."""
+    new, found = batching.batch_jaxpr(jaxpr, axis, list(flags), forced if isinstance(forced, bool) else list(forced))
+    return new, list(found)
+
+
+def jvp_of(jaxpr: ClosedJaxpr, flags: Sequence[bool], forced: Sequence[bool] | bool) -> tuple[ClosedJaxpr, list[bool]]:
+    """A jaxpr's JVP with respect to the flagged inputs, tangents behind primals; and which outputs have tangents."""
+    new, found = ad.jvp_jaxpr(jaxpr, list(flags), forced if isinstance(forced, bool) else list(forced))
+    return new, list(found)
+
+
+def batch_while(*args: Any, **params: Any) -> Any:
+    """JAX's own batching rule of `while`."""
+    return batching.fancy_primitive_batchers[lax.while_p](*args, **params)

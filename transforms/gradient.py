@@ -22,17 +22,17 @@ from .arguments import argument_names, name_of
 from .errors import ArgumentError, NotScalarError, OptionError, location
 from .graph import Graph, trace
 from .living import live
+from .loops import Loops
+from .loops import rules as reversible
 from .residuals import Halves, in_program_order
 from .rules import Rule, Rules
 from .scopes import scoped
 
 UserRules = Rules | Mapping[_jax.Primitive | str, Rule]
 
-_RULES = Rules("differentiable")  # those of funcgrad's own
 
-
-def differentiable(f: Callable, *, rules: UserRules | None = None) -> Callable:
-    """`f` with the same values, and the gradients that the rules give; plain `jax.grad` can differentiate it too.
+def differentiable(f: Callable, *, rules: UserRules | None = None, loops: Loops | None = None) -> Callable:
+    """`f` with the same values, and gradients that go through `while` loops and that the rules give; for plain `jax.grad` too.
 
     Args:
       f: function or Graph.
@@ -42,8 +42,10 @@ def differentiable(f: Callable, *, rules: UserRules | None = None) -> Callable:
         what `region(*values)` does. Its `region.paths` say where the values come from, as "params['w']" or "encoder/tanh". For
         scopes `f` is traced at every call, with respect to its arrays, NumPy's too; what else it is given stays. A mapping, or a
         `Rules`, which keeps what was compiled for it from call to call of `vjp`, `jvp` and `linearize` too.
+      loops: how much memory the gradient of each `while` loop (`lax.while_loop`, `lax.fori_loop` with bounds that are traced)
+        may use, however often it runs: see `Loops`, whose defaults hold without it. Loops with effects stay as they are.
     Returns:
-      A function as `f`; `f` itself where there is nothing to change.
+      A function as `f`.
     Raises:
       OptionError: at a call, a pattern names no scope. Also a ValueError.
       GraphError: at a call, a rule returned values of other shapes, dtypes or number.
@@ -53,8 +55,13 @@ def differentiable(f: Callable, *, rules: UserRules | None = None) -> Callable:
     >>> jax.grad(differentiable(lambda x: 3 * lax.round(x), rules={lax.round_p: straight_through}))(0.7)
     Array(3., dtype=float32, weak_type=True)
     """
+    return live(_overridden(f, rules), reversible(loops or Loops()))
+
+
+def _overridden(f: Callable, rules: UserRules | None) -> Callable:
+    """`f` with the user's rules alone."""
     if rules is None:
-        return live(f, _RULES)
+        return f
     if not isinstance(rules, Mapping):
         return live(f, Rules.of(rules, "rules="))
     scopes = {key: rule for key, rule in rules.items() if isinstance(key, str)}
@@ -71,13 +78,14 @@ def grad(
     reduce_axes=(),
     *,
     rules: UserRules | None = None,
+    loops: Loops | None = None,
 ):
     """Reverse-mode gradient of a scalar function, as `jax.grad`.
 
     Args:
       fun: function or Graph that returns a float scalar, shape (); with `has_aux`, a pair of it and anything.
       argnums: which positional arguments to differentiate with respect to.
-      rules: gradients of primitives and of scopes that override JAX's; see `differentiable`.
+      rules, loops: gradients of primitives and of scopes that override JAX's; memory for `while` loops. See `differentiable`.
       has_aux, holomorphic, allow_int, reduce_axes: as in `jax.grad`.
     Returns:
       A function as `fun`, or a Graph; the output has the argument's tree, shapes and dtypes. Without `fun`, a decorator.
@@ -92,7 +100,7 @@ def grad(
     options = dict(
         argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes
     )
-    return _derive(jax.grad, fun, options, rules, scalar=True)
+    return _derive(jax.grad, fun, options, rules, loops, scalar=True)
 
 
 def value_and_grad(
@@ -104,6 +112,7 @@ def value_and_grad(
     reduce_axes=(),
     *,
     rules: UserRules | None = None,
+    loops: Loops | None = None,
 ):
     """Value and gradient of a scalar function in one run, as `jax.value_and_grad`; arguments and errors as in `grad`.
 
@@ -113,7 +122,7 @@ def value_and_grad(
     options = dict(
         argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes
     )
-    return _derive(jax.value_and_grad, fun, options, rules, scalar=True)
+    return _derive(jax.value_and_grad, fun, options, rules, loops, scalar=True)
 
 
 def jacfwd(fun=None, argnums=0, has_aux=False, holomorphic=False, *, rules: UserRules | None = None):
@@ -129,49 +138,68 @@ def jacfwd(fun=None, argnums=0, has_aux=False, holomorphic=False, *, rules: User
     return _derive(jax.jacfwd, fun, dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic), rules)
 
 
-def jacrev(fun=None, argnums=0, has_aux=False, holomorphic=False, allow_int=False, *, rules: UserRules | None = None):
+def jacrev(
+    fun=None,
+    argnums=0,
+    has_aux=False,
+    holomorphic=False,
+    allow_int=False,
+    *,
+    rules: UserRules | None = None,
+    loops: Loops | None = None,
+):
     """Jacobian by reverse mode, one cotangent per output element, as `jax.jacrev`; shapes as in `jacfwd`."""
     options = dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int)
-    return _derive(jax.jacrev, fun, options, rules)
+    return _derive(jax.jacrev, fun, options, rules, loops)
 
 
 jacobian = jacrev  # as in JAX
 
 
-def hessian(fun=None, argnums=0, has_aux=False, holomorphic=False, *, rules: UserRules | None = None):
+def hessian(
+    fun=None,
+    argnums=0,
+    has_aux=False,
+    holomorphic=False,
+    *,
+    rules: UserRules | None = None,
+    loops: Loops | None = None,
+):
     """Second derivatives, forward over reverse, as `jax.hessian`.
 
     Returns:
       A function as `fun`, or a Graph; each output leaf becomes a tree of trees, of shape output.shape + input.shape twice.
     """
-    return _derive(jax.hessian, fun, dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic), rules)
+    return _derive(jax.hessian, fun, dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic), rules, loops)
 
 
 @_jax.api_boundary
-def vjp(fun, *primals, rules: UserRules | None = None, **options):
+def vjp(fun, *primals, rules: UserRules | None = None, loops: Loops | None = None, **options):
     """Outputs of `fun` and the function that pulls their cotangents back, as `jax.vjp` with its options (`has_aux`)."""
-    return jax.vjp(differentiable(fun, rules=rules), *primals, **options)
+    return jax.vjp(differentiable(fun, rules=rules, loops=loops), *primals, **options)
 
 
 @_jax.api_boundary
 def jvp(fun, primals, tangents, has_aux=False, *, rules: UserRules | None = None):
     """Outputs of `fun` and the tangents pushed forward, as `jax.jvp`."""
-    return jax.jvp(differentiable(fun, rules=rules), primals, tangents, has_aux)
+    return jax.jvp(_overridden(fun, rules), primals, tangents, has_aux)
 
 
 @_jax.api_boundary
 def linearize(fun, *primals, rules: UserRules | None = None, **options):
     """Outputs of `fun` and its linear map at `primals`, as `jax.linearize` with its options (`has_aux`)."""
-    return jax.linearize(differentiable(fun, rules=rules), *primals, **options)
+    return jax.linearize(_overridden(fun, rules), *primals, **options)
 
 
-def halves(graph: Graph, argnums: int | Sequence[int] = 0, *, rules: UserRules | None = None) -> Halves:
+def halves(
+    graph: Graph, argnums: int | Sequence[int] = 0, *, rules: UserRules | None = None, loops: Loops | None = None
+) -> Halves:
     """The forward and the backward Graph of a gradient, and the residuals between them.
 
     Args:
       graph: the Graph; its output may be any tree of arrays.
       argnums: which positional arguments to differentiate with respect to.
-      rules: as in `grad`.
+      rules, loops: as in `grad`.
     Returns:
       Halves. Its text lists each residual with its path, type, bytes, equation and line. Together they compute `jax.vjp`.
     Raises:
@@ -193,7 +221,7 @@ def halves(graph: Graph, argnums: int | Sequence[int] = 0, *, rules: UserRules |
         )
     argnums = jax.tree.map(operator.index, argnums)
     is_inexact = lambda x: jax.dtypes.issubdtype(x.dtype, jax.numpy.inexact)
-    body = differentiable(graph, rules=rules)
+    body = differentiable(graph, rules=rules, loops=loops)
     pulls: list[Any] = []
 
     def forward(*args, **kwargs):
@@ -237,22 +265,29 @@ def halves(graph: Graph, argnums: int | Sequence[int] = 0, *, rules: UserRules |
 # ------------------------------------------------------------------------------------------------ the one way all go
 
 
-def _derive(transform: Callable, fun: Any, options: dict, rules: UserRules | None, scalar: bool = False) -> Any:
+def _derive(
+    transform: Callable,
+    fun: Any,
+    options: dict,
+    rules: UserRules | None,
+    loops: Loops | None = None,
+    scalar: bool = False,
+) -> Any:
     """`transform` of `fun`: a decorator if `fun` is None, a Graph if `fun` is one, else a function."""
     if fun is None:
-        return functools.partial(_derive, transform, options=options, rules=rules, scalar=scalar)
+        return functools.partial(_derive, transform, options=options, rules=rules, loops=loops, scalar=scalar)
     if not callable(fun):
         raise ArgumentError(
             f"{transform.__name__} takes a function or a Graph, and got {type(fun).__name__}.", inputs=f"{fun!r:.60}"
         )
-    derived = _explained(transform, fun, options, rules, scalar)
+    body = _overridden(fun, rules) if transform is jax.jacfwd else differentiable(fun, rules=rules, loops=loops)
+    derived = _explained(transform, fun, body, options, scalar)
     return fun.derive(derived, f"{transform.__name__}({fun.name})") if isinstance(fun, Graph) else derived
 
 
-def _explained(transform: Callable, fun: Callable, options: dict, rules: UserRules | None, scalar: bool) -> Callable:
+def _explained(transform: Callable, fun: Callable, body: Callable, options: dict, scalar: bool) -> Callable:
     """`transform` of `fun` as a function, with errors in the user's words."""
     verb = transform.__name__
-    body = differentiable(fun, rules=rules)
     derived = transform(_returning_scalar(verb, fun, body, options) if scalar else body, **options)
 
     @functools.wraps(derived)

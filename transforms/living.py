@@ -63,8 +63,12 @@ def _same(eqn: Any, *values: Any) -> Any:
     return outputs if eqn.primitive.multiple_results else outputs[0]
 
 
-# For graphs inside a shard_map that was not there when they were traced: every operation as it was, on values that vary.
-FOREIGN = Rules("foreign", default=_same)
+def _varied(eqn: Any, value: Any) -> Any:
+    return _jax.vary(value, frozenset(eqn.params["axes"]))
+
+
+# For graphs on values of a shard_map that vary where those did not that they were traced for: every operation as it was.
+FOREIGN = Rules("foreign", {_jax.pvary_p: _varied}, default=_same)
 
 
 def apply(rules: Rules, eqn: Any, values: Sequence[Any]) -> list[Any]:

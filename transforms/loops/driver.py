@@ -1,0 +1,237 @@
+"""How a sweep runs: `plain`, forward; `forward`, with checkpoints; `backward`, from these; all as loops of XLA.
+
+The body stands in few loops, so that programs stay small: forward one that keeps residuals for the first steps and one that
+does not, backward one that goes on from a checkpoint, one that keeps residuals, and one that comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .. import _jax, layouts
+from .schedule import advance, merge
+from .sweep import Sweep, call
+
+_LAST = np.int32(2**31 - 1)
+
+
+class Kept(NamedTuple):
+    """What a forward run keeps for the backward run. Counts are int32.
+
+    Attributes:
+      steps: how many there were. stored: how many checkpoints.
+      units: [c] the unit of each checkpoint, ascending. slots: [c] where each lies; the free ones stand behind.
+      states: for each of x, [c, ...]. running: bool [residual_steps, *prefix], which lanes took a step.
+      tape: for each residual, [residual_steps, ...], those of the first steps. Neither without residual_steps > 1.
+    """
+
+    steps: Any
+    stored: Any
+    units: Any
+    slots: Any
+    states: list[Any]
+    running: list[Any]
+    tape: list[Any]
+
+    @classmethod
+    def avals(cls, sweep: Sweep) -> Kept:
+        """The types of all, of a sweep with these x and residuals."""
+        c, s = sweep.loops.checkpoints, sweep.loops.residual_steps
+        made = lambda shape, dtype: _jax.vary(jax.core.ShapedArray(shape, np.dtype(dtype)), sweep.axes)
+        count, many = made((), np.int32), made((c,), np.int32)
+        states = [_stacked(a, c) for a in sweep.avals[1]]
+        if s == 1:
+            return cls(count, count, many, many, states, [], [])
+        running = made((s, *sweep.prefix), bool)
+        return cls(count, count, many, many, states, [running], [_stacked(a, s) for a in sweep.residuals])
+
+
+def plain(sweep: Sweep, c: Sequence[Any], x: Sequence[Any]) -> list[Any]:
+    """The last x."""
+    return _run(sweep, c, _count(sweep, 0), x, _goes(sweep, c, x), _LAST)[1]
+
+
+def forward(sweep: Sweep, c: Sequence[Any], x0: Sequence[Any]) -> tuple[list[Any], Kept]:
+    """The last x, and what the backward run needs."""
+    size, n_slots = sweep.loops.residual_steps, sweep.loops.checkpoints
+    avals = Kept.avals(sweep)
+    running, tape = _zeros(avals.running), _zeros(avals.tape)
+    i, x, goes = _count(sweep, 0), list(x0), _goes(sweep, c, x0)
+    if size > 1:
+        hoisted = call(sweep.hoist, c)
+
+        def taped(t):
+            i, x, goes, running, tape = t
+            new, residuals = _leaf(sweep, c, hoisted, x, goes)
+            running, tape = _put(running, [goes], i), _put(tape, residuals, i)
+            return i + 1, new, _goes(sweep, c, new), running, tape
+
+        i, x, goes, running, tape = lax.while_loop(
+            lambda t: (t[0] < size) & jnp.any(t[2]), taped, (i, x, goes, running, tape)
+        )
+    else:
+        i, x, goes = _run(sweep, c, i, x, goes, 1)
+
+    def segment(t):
+        i, x, goes, stored, units, slots, states = t
+        unit = i // size
+        rank, most = merge(units, unit)
+        is_full, ranks = stored == n_slots, jnp.arange(n_slots, dtype=jnp.int32)
+        later = jnp.where(is_full & (ranks >= rank), jnp.minimum(ranks + 1, n_slots - 1), ranks)
+        slot = slots[jnp.where(is_full, rank, stored)]
+        here = ranks == jnp.minimum(stored, n_slots - 1)
+        units, slots = jnp.where(here, unit, units[later]), jnp.where(here, slot, slots[later])
+        states = _put(states, x, slot)
+        end = (unit + jnp.where(is_full, jnp.maximum(most, 1), 1)) * size
+        i, x, goes = _run(sweep, c, i, x, goes, end)
+        return i, x, goes, jnp.minimum(stored + 1, n_slots), units, slots, states
+
+    start = (
+        i,
+        x,
+        goes,
+        _count(sweep, 0),
+        _count(sweep, np.zeros(n_slots)),
+        _count(sweep, np.arange(n_slots)),
+        _zeros(avals.states),
+    )
+    i, x, _, stored, units, slots, states = lax.while_loop(lambda t: jnp.any(t[2]), segment, start)
+    return x, Kept(i, stored, units, slots, states, running, tape)
+
+
+def backward(
+    sweep: Sweep, c: Sequence[Any], x0: Sequence[Any], kept: Kept, y: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """The first y, and the totals."""
+    size, n_slots = sweep.loops.residual_steps, sweep.loops.checkpoints
+    hoisted = call(sweep.hoist, c)
+    totals = _zeros(sweep.avals[3])
+
+    def pulled(residuals, goes, y, totals):
+        given = _where(goes, y, [jnp.zeros_like(v) for v in y]) if sweep.prefix else y
+        found = call(sweep.pull, c, hoisted, residuals, given)
+        new, increments = found[: len(y)], found[len(y) :]
+        return _where(goes, new, y) if sweep.prefix else new, [a + b for a, b in zip(totals, increments, strict=True)]
+
+    def last_unit(t):
+        left, stored, units, states, running, tape, y, totals = t
+        is_taped = (left == kept.steps) & (left <= size) & (size > 1)
+        top = jnp.maximum(stored - 1, 0)
+        base = jnp.where(stored > 0, units[top], 0)
+        x = [jnp.where(_lifted(stored > 0, a), a, b) for a, b in zip(_get(states, kept.slots[top]), x0, strict=True)]
+
+        def on(q):
+            base, stored, units, states, x = q
+            ahead = advance((left - base * size + size - 1) // size, n_slots - stored, n_slots)
+            _, x, _ = _run(sweep, c, _count(sweep, 0), x, None, ahead * size)
+            has_room, at = stored < n_slots, jnp.minimum(stored, n_slots - 1)
+            slot = kept.slots[at]
+            old = _get(states, slot)
+            states = _put(states, [jnp.where(_lifted(has_room, a), a, b) for a, b in zip(x, old, strict=True)], slot)
+            units = jnp.where(has_room & (jnp.arange(n_slots, dtype=jnp.int32) == at), base + ahead, units)
+            return base + ahead, stored + has_room.astype(jnp.int32), units, states, x
+
+        base, stored, units, states, x = lax.while_loop(
+            lambda q: left - q[0] * size > size, on, (base, stored, units, states, x)
+        )
+        count = left - base * size
+        if size > 1:
+
+            def taped(q):
+                k, x, running, tape = q
+                goes = _goes(sweep, c, x) if sweep.prefix else jnp.ones_like(k, bool)
+                x, residuals = _leaf(sweep, c, hoisted, x, goes)
+                return k + 1, x, _put(running, [goes], k), _put(tape, residuals, k)
+
+            start = jnp.where(is_taped, count, 0), x, running, tape
+            _, _, running, tape = lax.while_loop(lambda q: q[0] < count, taped, start)
+
+            def back(q):
+                k, y, totals = q
+                return k - 1, *pulled(_get(tape, k - 1), _get(running, k - 1)[0], y, totals)
+
+            _, y, totals = lax.while_loop(lambda q: q[0] > 0, back, (count, y, totals))
+        else:
+            goes = _goes(sweep, c, x) if sweep.prefix else None
+            _, residuals = _leaf(sweep, c, hoisted, x, goes)
+            y, totals = pulled(residuals, goes, y, totals)
+        is_done = (stored > 0) & (units[jnp.maximum(stored - 1, 0)] == base)
+        return base * size, stored - is_done.astype(jnp.int32), units, states, running, tape, y, totals
+
+    start = (kept.steps, kept.stored, kept.units, kept.states, kept.running, kept.tape, list(y), totals)
+    *_, y, totals = lax.while_loop(lambda t: t[0] > 0, last_unit, start)
+    return y, totals
+
+
+def _run(sweep: Sweep, c: Sequence[Any], i: Any, x: Sequence[Any], goes: Any, end: Any) -> tuple[Any, list[Any], Any]:
+    """Steps until `end`, and while the loop goes on; without `goes` it is known to."""
+    if goes is None and not sweep.prefix:
+        body = lambda t: (t[0] + 1, call(sweep.step, c, t[1]))
+        i, x = lax.while_loop(lambda t: t[0] < end, body, (i, list(x)))
+        return i, x, None
+
+    def step(t):
+        i, x, goes = t
+        new = call(sweep.step, c, x)
+        new = _where(goes, new, x) if sweep.prefix else new
+        return i + 1, new, _goes(sweep, c, new)
+
+    start = i, list(x), _goes(sweep, c, x) if goes is None else goes
+    return lax.while_loop(lambda t: (t[0] < end) & jnp.any(t[2]), step, start)
+
+
+def _leaf(
+    sweep: Sweep, c: Sequence[Any], hoisted: Sequence[Any], x: Sequence[Any], goes: Any
+) -> tuple[list[Any], list[Any]]:
+    """A step with its residuals. Lanes that have finished compute them at the state of one that has not.
+
+    At their own states derivatives may not be finite, and no zero cotangent makes them so.
+    """
+    given = x
+    if sweep.prefix:
+        lane = jnp.unravel_index(jnp.argmax(goes), sweep.prefix)
+        given = _where(goes, x, [jnp.broadcast_to(v[lane], v.shape) for v in x])
+    outputs = call(sweep.leaf, c, hoisted, given)
+    new, residuals = outputs[: len(x)], outputs[len(x) :]
+    return _where(goes, new, x) if sweep.prefix else new, residuals
+
+
+def _goes(sweep: Sweep, c: Sequence[Any], x: Sequence[Any]) -> Any:
+    return call(sweep.cond, c, x)[0]
+
+
+def _where(goes: Any, new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+    return [jnp.where(_lifted(goes, a), a, b) for a, b in zip(new, old, strict=True)]
+
+
+def _lifted(goes: Any, value: Any) -> Any:
+    """A predicate with trailing axes for those of `value`."""
+    return jnp.reshape(goes, (*goes.shape, *[1] * (value.ndim - goes.ndim)))
+
+
+def _stacked(aval: Any, n: int) -> Any:
+    return _jax.vary(jax.core.ShapedArray((n, *aval.shape), aval.dtype), _jax.axes_of(aval))
+
+
+def _count(sweep: Sweep, value: Any) -> Any:
+    """An int32, or some, to begin with."""
+    return _jax.vary(jnp.asarray(value, jnp.int32), sweep.axes)
+
+
+def _zeros(avals: Sequence[Any]) -> list[Any]:
+    return list(map(layouts.zeros, avals))
+
+
+def _put(buffers: Sequence[Any], values: Sequence[Any], at: Any) -> list[Any]:
+    put = lambda b, v: lax.dynamic_update_index_in_dim(b, v, at, 0)
+    return [put(b, v.astype(b.dtype)) for b, v in zip(buffers, values, strict=True)]
+
+
+def _get(buffers: Sequence[Any], at: Any) -> list[Any]:
+    return [lax.dynamic_index_in_dim(b, at, 0, keepdims=False) for b in buffers]
