@@ -37,7 +37,8 @@ def pick(values: Sequence[Any], kind: str = "f", k: int = 0) -> Any:
 
 
 def like(x: Any, other: Any) -> Any:
-    """`x` in the shape and dtype of `other`: cast, cut or repeated where they differ."""
+    """`x` in the shape and dtype of `other`: cast, cut or repeated where they differ. JAX hands rules Python numbers too."""
+    x, other = jnp.asarray(x), jnp.asarray(other)
     x = x if x.dtype == other.dtype else x.astype(other.dtype)
     return x if x.shape == other.shape else jnp.resize(x, other.shape)
 
@@ -411,7 +412,7 @@ def _run(steps: Sequence[Op | Block], values: Values, table: Mapping[str, tuple[
 def _body(steps: Sequence[Op | Block], block: str, values: Values, table: Mapping) -> Callable[..., Values]:
     """The steps inside of a block as a function: it reads the values outside too, where JAX lets it."""
     constants = lambda: [jnp.asarray([2, 0, 1], jnp.int32), jnp.bool_(True), jax.random.key(1)]
-    return lambda *xs: _run(steps, [*(constants() if block in CLOSED else values), *xs], table)
+    return lambda *xs: _run(steps, [*(constants() if block in CLOSED else values), *map(jnp.asarray, xs)], table)
 
 
 @functools.cache
