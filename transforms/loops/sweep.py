@@ -161,7 +161,7 @@ class Sweep:
 
         cond = lambda c, x: call(self.cond, c[:n_c], x[:n_x])[0]
         wider = [[*avals, *tangents(avals, f)] for avals, f in zip((c, x, y), flags, strict=True)]
-        return Sweep.of(cond, step, back, *wider, 2 * n_t, self.loops)
+        return Sweep.of(cond, step, back, *wider, 2 * n_t, self._loops())
 
     def _vjp(self, flags: Flags) -> Sweep:
         fc, fx, fy = flags
@@ -192,7 +192,12 @@ class Sweep:
 
         cond = lambda c, x: call(self.cond, c[:n_c], x[:n_x])[0]
         wider = [*c, *tangents(totals)], [*x, *tangents(y, fy)], [*y[:n_y], *tangents(x, fx)]
-        return Sweep.of(cond, step, back, *wider, sum(fc), self.loops)
+        return Sweep.of(cond, step, back, *wider, sum(fc), self._loops())
+
+    def _loops(self) -> Loops:
+        """Of a derivative: half as many residuals of steps that have about twice as many, unless it is the first that has any."""
+        size = self.loops.residual_steps // 2 if self.sizes[2] else self.loops.residual_steps
+        return Loops(self.loops.checkpoints, max(1, size))
 
     def needs_y(self, flags: Flags) -> bool:
         """Whether the VJP computes with y itself: not if only y has cotangents, as all is linear in y."""
@@ -265,7 +270,7 @@ def _is_inexact(aval: Any) -> bool:
 
 def _parts(jaxpr: Any, n_c: int, n_x: int) -> tuple[Any, Any, Any]:
     """Cut (c, x, y) -> (x, y, increments) into what needs c alone, what needs x too, and what needs y."""
-    inner = jaxpr.jaxpr
+    inner = _shared(jaxpr.jaxpr)
     c, x, y = inner.invars[:n_c], inner.invars[n_c : n_c + n_x], inner.invars[n_c + n_x :]
     level = {**dict.fromkeys([*inner.constvars, *c], 0), **dict.fromkeys(x, 1), **dict.fromkeys(y, 2)}
     eqns: list[list[Any]] = [[], [], []]
@@ -287,6 +292,28 @@ def _parts(jaxpr: Any, n_c: int, n_x: int) -> tuple[Any, Any, Any]:
         make([*c, *hoisted, *x], [*inner.outvars[:n_x], *residuals], leaf),
         make([*c, *hoisted, *residuals, *y], inner.outvars[n_x:], pull),
     )
+
+
+def _shared(jaxpr: Any) -> Any:
+    """What is computed twice is computed once, and so kept once."""
+    same: dict[Any, Any] = {}
+    found: dict[Any, Any] = {}
+    atom = lambda v: v if isinstance(v, _jax.Literal) else same.get(v, v)
+    key_of = lambda v: (str(v.val), v.aval) if isinstance(v, _jax.Literal) else v
+    eqns = []
+    for eqn in jaxpr.eqns:
+        eqn = eqn.replace(invars=list(map(atom, eqn.invars)))
+        try:
+            key = None if eqn.effects else (eqn.primitive, tuple(eqn.params.items()), *map(key_of, eqn.invars))
+            first = found.setdefault(key, eqn) if key else eqn
+        except TypeError:  # parameters without a hash
+            first = eqn
+        if any(map(_jax.dropped, first.outvars)):  # these have no name by which others could read them
+            first = eqn
+        if first is eqn:
+            eqns.append(eqn)
+        same.update(zip(eqn.outvars, first.outvars, strict=True))
+    return jaxpr.replace(eqns=eqns, outvars=list(map(atom, jaxpr.outvars)))
 
 
 def _live(eqns: list[Any], outvars: Sequence[Any]) -> tuple[list[Any], list[Any]]:
