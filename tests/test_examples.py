@@ -45,8 +45,19 @@ def test_charlm_learns_in_a_few_steps(tmp_path, capsys, monkeypatch):
     assert "nats per character" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_adaptive_ode_finds_the_rates_of_the_literature(tmp_path, capsys, monkeypatch):
+    """Carpenter 2018, Predator-Prey Population Dynamics: 0.545, 0.028, 0.80, 0.024, by Hamiltonian Monte Carlo."""
+    ode = load("adaptive_ode")
+    monkeypatch.setattr(ode, "STEPS", 150)
+    assert ode.main(str(tmp_path / "ode.png")) < 0.06
+    lines = capsys.readouterr().out.splitlines()
+    rates = [float(line.split()[-3]) for line in lines if line.endswith("a year") and "step" not in line]
+    assert rates == pytest.approx([0.545, 0.028, 0.80, 0.024], rel=0.15)
+    assert (tmp_path / "ode.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "seconds"), [("digits", 60), ("charlm", 180)])
+@pytest.mark.parametrize(("name", "seconds"), [("digits", 60), ("charlm", 180), ("adaptive_ode", 60)])
 def test_whole(name, seconds, tmp_path):
     start = time.perf_counter()
     out = subprocess.run(
@@ -57,5 +68,7 @@ def test_whole(name, seconds, tmp_path):
     if name == "digits":
         assert re.fullmatch(r"accuracy 0\.\d{4}", last)
         assert float(last.split()[1]) >= 0.98
+    elif name == "adaptive_ode":
+        assert float(last.split()[1]) < 0.05
     else:
         assert float(re.search(r"([\d.]+) in training", last)[1]) < 2.0

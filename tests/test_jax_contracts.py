@@ -184,3 +184,76 @@ def test_the_names_of_the_context():
     assert not _jax.is_tracing()
     assert jax.jit(lambda x: x * (2 if _jax.is_tracing() else 1))(1) == 2
     assert _jax.type_of(1.0).weak_type
+
+
+# ------------------------------------------------------------------------------------------------ new primitives
+
+
+def _scaled(x, y, *, by):
+    return [x * by, y * by]
+
+
+def _scaled_jvp(primals, tangents, *, by):
+    outputs = scaled_p.bind(*primals, by=by)
+    found = scaled_p.bind(
+        *(jnp.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)), by=by
+    )
+    return outputs, [None if t is None else s for s, t in zip(found, tangents, strict=True)]
+
+
+def _scaled_batch(axis, values, dims, *, by):
+    assert axis.size == 4
+    return scaled_p.bind(*values, by=by), dims
+
+
+def _scaled_transpose(cotangents, *values, by):
+    return [None if ct is None else ct * by for ct in cotangents]
+
+
+scaled_p = _jax.primitive(
+    *("scaled", _scaled, _scaled),
+    lambda *avals, by: (avals, set()),
+    *(_scaled_jvp, _scaled_batch, _scaled_transpose),
+)
+
+
+def test_a_primitive_under_every_transform():
+    f = lambda x: scaled_p.bind(x, 2.0, by=3.0)[0].sum()
+    for transformed in (f, jax.jit(f)):
+        np.testing.assert_allclose(transformed(X), 3 * X.sum(), rtol=1e-6)
+        np.testing.assert_array_equal(jax.grad(transformed)(X), np.full(4, 3.0, np.float32))
+        np.testing.assert_allclose(jax.jvp(transformed, (X,), (X,))[1], 3 * X.sum(), rtol=1e-6)
+        np.testing.assert_array_equal(jax.vmap(transformed)(X), 3 * X)
+
+
+def test_a_primitive_is_split_where_jax_linearizes():
+    seen = []
+
+    def rule(values, later, *, by):
+        seen.append([x is not None for x in values])
+        return [values[0] * by, *later(scaled_p, [None, 0.0], {"by": by})[:1]]
+
+    _jax.split_by(rule, scaled_p)
+    f = jax.custom_jvp(lambda x: x * 3)
+    f.defjvp(lambda primals, tangents: tuple(scaled_p.bind(*primals, *tangents, by=3.0)))
+    np.testing.assert_array_equal(jax.grad(lambda x: f(x).sum())(X), np.full(4, 3.0, np.float32))
+    assert seen == [[True, False]]
+
+
+def test_jaxprs_are_batched_and_differentiated():
+    jaxpr = jax.make_jaxpr(lambda x, y: (jnp.sin(x), y * 2, x * y))(1.0, 2.0)
+    tangents, flags = _jax.jvp_of(jaxpr, [True, False], False)
+    assert (flags, len(tangents.out_avals)) == ([True, False, True], 5)
+    found = []
+
+    def batch(axis, values, dims, *, by):
+        found.append(_jax.batched(jaxpr, axis, [True, False], [False, True, False]))
+        return scaled_p.bind(*values, by=by), dims
+
+    other_p = _jax.primitive(
+        "other", _scaled, _scaled, lambda *avals, by: (avals, set()), _scaled_jvp, batch, _scaled_transpose
+    )
+    jax.vmap(lambda x: other_p.bind(x, 2.0, by=3.0)[0])(X)
+    ((batched, flags),) = found
+    assert flags == [True, True, True]
+    assert [a.shape for a in batched.out_avals] == [(4,), (4,), (4,)]
