@@ -418,12 +418,13 @@ def _body(steps: Sequence[Op | Block], block: str, values: Values, table: Mappin
 @functools.cache
 def _steps(depth: int, without: frozenset[str], often: frozenset[str]) -> st.SearchStrategy:
     number = st.integers(0, 4)
-    groups = [group for name, group in GROUPS.items() if name not in without] + [often] * bool(often)
+    groups = [group for name, group in GROUPS.items() if name not in without]
+    groups += [often - BLOCKS.keys()] * bool(often - BLOCKS.keys())
     choices = [st.builds(Op, st.sampled_from(sorted(group)), number, number) for group in groups]
     if depth:
         plain = [name for name in BLOCKS if name not in {*without, *INSIDE, *BRANCHES}]
         nested = [(plain, without), *(([name], without | INSIDE[name]) for name in INSIDE if name not in without)]
-        for names, barred in nested:
+        for names, barred in (*nested, *(([name], without) for name in sorted(often & BLOCKS.keys() - without))):
             inner = _steps(depth - 1, barred, often)
             choices.append(st.builds(Block, st.sampled_from(names), number, number, inner))
         inner = _steps(depth - 1, without, often)
@@ -440,7 +441,7 @@ def _trees(leaf: st.SearchStrategy) -> st.SearchStrategy:
 def recipes(
     without: frozenset[str] = frozenset(), often: frozenset[str] = frozenset(), depth: int = 2
 ) -> st.SearchStrategy[Recipe]:
-    """Recipes without the named blocks and groups of operations, with `often` among the operations, nested `depth` deep."""
+    """Recipes without the named blocks and groups of operations, with those named `often`, nested `depth` deep."""
     shape = st.sampled_from([*SHAPES, "weak"])
     inputs = shape | st.tuples(_trees(shape), shape)
     return st.builds(Recipe, inputs, _steps(depth, without, often), _trees(st.integers(0, 4)), st.integers(0, 9))

@@ -230,6 +230,20 @@ def test_gradients_agree_with_finite_differences():
                 assert_near(inner(jax.jit(fg.grad(form))(x, *rest), along), want, 1e-6)
 
 
+def test_loops_are_reversed_as_they_are_pushed():
+    """Loops inside of all else, and all else inside of loops: the reverse mode that JAX lacks, by its forward mode."""
+
+    @law("loops", 8, OWN | BACKWARD | {"rough", "discrete", "coarse"}, often=IRREVERSIBLE)
+    def _(recipe):
+        assume(IRREVERSIBLE & recipe.names())
+        with jax.enable_x64(True):
+            x, *rest = recipe.arguments(np.float64)
+            f = total(recipe.program(np.float64).f)
+            want = jax.jit(jax.jacfwd(f))(x, *rest)
+            for form in (f, fg.trace(f, x, *rest)):
+                assert_near(jax.jit(fg.grad(form, loops=fg.Loops(2, 2)))(x, *rest), want, 1e-9)
+
+
 def test_forward_and_reverse_mode_are_dual():
     """⟨vjp(ct), t⟩ = ⟨ct, jvp(t)⟩, and linearize pushes as jvp does."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from jax import Array, lax
-from jax._src import api_util, config, core, dtypes, source_info_util, traceback_util
+from jax._src import api_util, config, core, debugging, dtypes, source_info_util, traceback_util
 from jax._src import linear_util as lu
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
@@ -50,6 +50,8 @@ set_current_trace = core.set_current_trace
 take_current_trace = core.take_current_trace
 signature_of = api_util.fun_signature
 last_used = core.last_used
+batch_while = batching.fancy_primitive_batchers[lax.while_p]
+type_of = core.shaped_abstractify  # of an argument, as `jax.jit` sees it
 no_names = core.DebugInfo("funcgrad", "sweep", None, None)
 short_dtype = dtypes.short_dtype_name
 trace_context = config.trace_context  # the configuration that a trace depends on, as a hashable value
@@ -225,6 +227,12 @@ def vary(value: Any, axes: frozenset[str]) -> Any:
     return lax.pcast(value, tuple(sorted(missing)), to="varying") if missing else value
 
 
+def are_repeatable(effects: Any) -> bool:
+    """Whether what has these effects may be computed again: unordered debugging callbacks, and names of axes."""
+    kinds = debugging.DebugEffect, core.NamedAxisEffect
+    return all(isinstance(effect, kinds) for effect in effects)
+
+
 def is_array(aval: Any) -> bool:
     """Whether values of this type are arrays, keys among them; not references or tokens."""
     return isinstance(aval, core.ShapedArray)
@@ -318,11 +326,6 @@ def with_miss(jitted: Any, miss: Callable) -> Any:
 def cache_size(jitted: Any) -> int | None:
     """How many entries the C++ cache has; one is made for a call before Python is asked."""
     return jitted and jitted._cache_size()
-
-
-def type_of(x: Any) -> Any:
-    """The type of an argument, as `jax.jit` sees it."""
-    return core.shaped_abstractify(x)
 
 
 def is_eager(trace: Trace) -> bool:
@@ -443,8 +446,3 @@ def jvp_of(jaxpr: ClosedJaxpr, flags: Sequence[bool], forced: Sequence[bool] | b
     """A jaxpr's JVP with respect to the flagged inputs, tangents behind primals; and which outputs have tangents."""
     new, found = ad.jvp_jaxpr(jaxpr, list(flags), forced if isinstance(forced, bool) else list(forced))
     return new, list(found)
-
-
-def batch_while(*args: Any, **params: Any) -> Any:
-    """JAX's own batching rule of `while`."""
-    return batching.fancy_primitive_batchers[lax.while_p](*args, **params)

@@ -19,7 +19,7 @@ from jax.tree_util import keystr, tree_flatten, tree_leaves, tree_leaves_with_pa
 
 from . import _jax
 from .arguments import argument_names, name_of
-from .errors import ArgumentError, NotScalarError, OptionError, location
+from .errors import ArgumentError, GraphError, NotScalarError, OptionError, location
 from .graph import Graph, trace
 from .living import live
 from .loops import Loops
@@ -43,7 +43,8 @@ def differentiable(f: Callable, *, rules: UserRules | None = None, loops: Loops 
         scopes `f` is traced at every call, with respect to its arrays, NumPy's too; what else it is given stays. A mapping, or a
         `Rules`, which keeps what was compiled for it from call to call of `vjp`, `jvp` and `linearize` too.
       loops: how much memory the gradient of each `while` loop (`lax.while_loop`, `lax.fori_loop` with bounds that are traced)
-        may use, however often it runs: see `Loops`, whose defaults hold without it. Loops with effects stay as they are.
+        may use, however often it runs: see `Loops`, whose defaults hold without it. JAX's own are those with ordered effects or
+        references.
     Returns:
       A function as `f`.
     Raises:
@@ -295,9 +296,15 @@ def _explained(transform: Callable, fun: Callable, body: Callable, options: dict
     def explained(*args, **kwargs):
         try:
             return derived(*args, **kwargs)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError) as e:
             # JAX looks at the arguments before it runs the function: if they are wrong, they are the cause.
             problem = _wrong_arguments(verb, fun, args, options)
+            if problem is None and "while_loop" in str(e) and "Reverse-mode" in str(e):
+                problem = GraphError(
+                    f"{verb} of {name_of(fun)} reaches a loop that is JAX's own.",
+                    at=location(fun),
+                    hint="take ordered effects and references out of the loop; inside of this function use fg.grad too",
+                )
             if problem is None:
                 raise
         raise problem

@@ -411,6 +411,23 @@ def test_what_the_loop_reads_from_around_it():
     assert_same_gradient(functools.partial(run, by_while), functools.partial(run, by_hand), W, X)
 
 
+def test_prints_are_repeated_with_the_steps_that_are_computed_again():
+    seen = []
+
+    def f(x, n):
+        def step(t):
+            jax.debug.callback(lambda k: seen.append(int(k)), t[0])
+            return t[0] + 1, jnp.sin(t[1])
+
+        return lax.while_loop(lambda t: t[0] < n, step, (0, x))[1]
+
+    for n in (3, 20):
+        seen.clear()
+        jax.block_until_ready(jax.jit(fg.grad(f))(0.5, n))
+        jax.effects_barrier()
+        assert collections.Counter(seen) == dict.fromkeys(range(n), evaluations(n, fg.Loops()) // n)
+
+
 def test_effects_stay_in_order_or_are_refused():
     def f(x):
         def step(x):
@@ -420,8 +437,10 @@ def test_effects_stay_in_order_or_are_refused():
         return lax.while_loop(lambda x: x < 10, step, x)
 
     assert fg.jvp(f, (1.0,), (1.0,))[1] == 16
-    with pytest.raises(ValueError, match="while_loop"):
+    with pytest.raises(fg.GraphError, match=r"a loop that is JAX's own[\s\S]*ordered effects"):
         fg.grad(f)(1.0)
+    with pytest.raises(ValueError, match="while_loop"):
+        fg.vjp(f, 1.0)[1](1.0)
 
 
 def test_wrappers_of_fresh_functions_leave_memory_stable():

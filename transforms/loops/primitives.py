@@ -102,7 +102,7 @@ def rules(loops: Loops) -> Rules:
 
     def rule(eqn, *values):
         effects = {*eqn.params["cond_jaxpr"].effects, *eqn.params["body_jaxpr"].effects}
-        if effects or not any(map(_is_inexact, values)):
+        if not (_jax.are_repeatable(effects) and any(map(_is_inexact, values))):
             return _jax.bind(lax.while_p, eqn.params, values)
         params, values = _apart(eqn.params, values)
         return loop_p.bind(*values, loops=loops, **params)
