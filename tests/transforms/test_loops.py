@@ -313,6 +313,80 @@ def test_lanes_that_have_finished_do_no_harm():
     assert_near(shared, sum(jax.grad(by_hand)(0.9, row) for row in x), 1e-5)
 
 
+def test_cotangents_of_lanes_are_batched():
+    """A batch of cotangents, or of tangents, of a loop that is one of many lanes already."""
+
+    def run(is_loop, x):
+        steps = (0, 3, 7)
+        if is_loop:
+            return jax.vmap(lambda x, n: loop(W, x, n))(x, jnp.array(steps))
+        return jnp.stack([known(W, row, n) for row, n in zip(x, steps, strict=True)])
+
+    mixed = jax.random.normal(jax.random.key(8), (2, 3))
+    f, by_hand = (lambda x, is_loop=is_loop: mixed @ run(is_loop, x) @ W for is_loop in (True, False))
+    x = ROWS[:3]
+    assert_near(fg.jacrev(f, loops=SMALL)(x), jax.jacrev(by_hand)(x), 1e-4)
+    scalar = lambda g: lambda w: jnp.sum(g(w * x)) ** 2
+    assert_near(fg.hessian(scalar(f), loops=SMALL)(1.0), jax.hessian(scalar(by_hand))(1.0), 1e-3)
+
+
+def test_lanes_that_have_finished_read_what_belongs_to_the_lane_they_borrow_from():
+    f = lambda c, x: lax.while_loop(lambda x: x > c, lambda x: x - jnp.sqrt(x - c) - 0.1, x)
+    c, x = jnp.array([5.0, 1.0]), jnp.array([7.0, 30.0])
+    want = jnp.stack([fg.grad(f)(*row) for row in zip(c, x, strict=True)])
+    assert_near(jax.vmap(fg.grad(f))(c, x), want, 1e-5)
+    assert_near(want, jnp.stack([jax.jacfwd(f)(*row) for row in zip(c, x, strict=True)]), 1e-5)
+
+
+def test_no_lanes():
+    f = lambda x, n: total(loop(W, x, n))
+    assert jax.vmap(fg.grad(f))(jnp.zeros((0, 4)), jnp.zeros(0, int)).shape == (0, 4)
+
+
+BODIES = {
+    "silu": jax.nn.silu,
+    "where": lambda x: jnp.where(x > 0.5, jnp.sin(x), x * x),
+    "jit": jax.jit(lambda x: jnp.sin(x) * x),
+    "remat": jax.checkpoint(lambda x: jnp.sin(x) * x),
+    "cond": lambda x: lax.cond(jnp.sum(x) > 0, lambda x: jnp.sin(x) * x, lambda x: x, x),
+    "scan": lambda x: lax.scan(lambda c, _: (jnp.sin(c) * x, None), x, None, length=2)[0],
+    "while": lambda x: lax.fori_loop(0, jnp.int32(jnp.sum(x) > -9) + 1, lambda _, c: jnp.sin(c) * x, x),
+    "norm": lambda x: x / jnp.linalg.norm(x) + 0.1 * x,
+    "solve": lambda x: jnp.linalg.solve(W + 3 * jnp.eye(4), x) + jnp.sin(x),
+    "sort": lambda x: jnp.sort(jnp.sin(x)) * x,
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_second_derivatives_of_bodies_with_sub_graphs(name):
+    f = lambda x, n: lax.while_loop(lambda t: t[0] < n, lambda t: (t[0] + 1, BODIES[name](t[1])), (0, x))[1]
+
+    def by_hand(x, n):
+        for _ in range(n):
+            x = BODIES[name](x) if name != "while" else jnp.sin(jnp.sin(x) * x) * x
+        return x
+
+    twice = lambda m, g, **o: m.grad(lambda x: total(m.grad(lambda x: total(g(x, 5)), **o)(x)), **o)(X)
+    assert_near(jax.jit(lambda: twice(fg, f, loops=SMALL))(), jax.jit(lambda: twice(jax, by_hand))(), 1e-3)
+
+
+def test_arrays_that_differ_in_the_middle_are_not_one():
+    with jax.numpy_rank_promotion("raise"):
+        a, b = np.ones((2, 5000), np.float32)
+        b[2500] = 3
+        f = lambda x: lax.while_loop(
+            lambda t: t[0] < 3, lambda t: (t[0] + 1, jnp.sin(t[1] * a) + jnp.sin(t[1] * b)), (0, x)
+        )[1]
+        x = jnp.full(5000, 0.3)
+
+        def by_hand(x):
+            for _ in range(3):
+                x = jnp.sin(x * a) + jnp.sin(x * b)
+            return x
+
+        assert_near(fg.grad(lambda x: total(f(x)))(x), jax.grad(lambda x: total(by_hand(x)))(x), 1e-5)
+
+
 def test_jacobians():
     f, by_hand = (lambda x, step=step: step(W, x, N) for step in (loop, known))
     assert_near(jax.jit(fg.jacrev(f, loops=SMALL))(X), jax.jacrev(by_hand)(X), 1e-4)

@@ -6,6 +6,7 @@ does not, backward one that goes on from a checkpoint, one that keeps residuals,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jax import lax
 
 from .. import _jax, layouts
 from .schedule import advance, merge
-from .sweep import Sweep, call
+from .sweep import Sweep, call, chosen, merged
 
 _LAST = np.int32(2**31 - 1)
 
@@ -194,9 +195,11 @@ def _leaf(
     At their own states derivatives may not be finite, and no zero cotangent makes them so.
     """
     given = x
-    if sweep.prefix:
+    if math.prod(sweep.prefix) > 0 and sweep.prefix:
         lane = jnp.unravel_index(jnp.argmax(goes), sweep.prefix)
-        given = _where(goes, x, [jnp.broadcast_to(v[lane], v.shape) for v in x])
+        of_lane = lambda values: _where(goes, values, [jnp.broadcast_to(v[lane], v.shape) for v in values])
+        of_own = lambda values, own: merged(values, own, of_lane(chosen(values, own))) if own else values
+        given, c, hoisted = of_lane(x), of_own(c, sweep.own[0]), of_own(hoisted, sweep.own[1])
     outputs = call(sweep.leaf, c, hoisted, given)
     new, residuals = outputs[: len(x)], outputs[len(x) :]
     return _where(goes, new, x) if sweep.prefix else new, residuals

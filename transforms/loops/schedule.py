@@ -64,7 +64,7 @@ def merge(ends: Any, unit: Any) -> tuple[Any, Any]:
     """
     slots = ends.shape[0]
     merged = jnp.append(ends[1:], unit) - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
-    needs = jnp.sum(lengths(slots)[:, slots + 1 : 1 : -1] < merged, axis=0, dtype=ends.dtype)
+    needs = jnp.sum(lengths(slots)[:, slots + 1 : 1 : -1] < merged[None], axis=0, dtype=ends.dtype)
     rank = jnp.argmin(needs).astype(ends.dtype)
     return rank, needs[rank]
 

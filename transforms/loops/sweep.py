@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 from .. import _jax, layouts
 from .schedule import Loops
@@ -47,6 +48,7 @@ class Sweep:
       step: (c, x) -> x.
       hoist: c -> hoisted values. leaf: (c, hoisted, x) -> (x, residuals). pull: (c, hoisted, residuals, y) -> (y, increments).
       sizes: how many values c, x, y and the totals are.
+      own: which c and which hoisted values each lane has of its own; empty where that is not known.
     """
 
     cond: Any
@@ -56,6 +58,7 @@ class Sweep:
     pull: Any
     sizes: tuple[int, int, int, int]
     loops: Loops
+    own: tuple[Flag, Flag] = ((), ())
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -74,13 +77,8 @@ class Sweep:
         stage = lambda f, *avals: _jax.stage_flat(f, avals, _jax.no_names)
         back_flat = lambda *v: [z for part in back(*cut(v)) for z in part]
         sizes = (len(c), len(x), len(y), totals)
-        return cls(
-            stage(lambda *v: [cond(*cut(v)[:2])], *c, *x),
-            stage(lambda *v: step(*cut(v)[:2]), *c, *x),
-            *_parts(stage(back_flat, *c, *x, *y), len(c), len(x)),
-            sizes,
-            loops,
-        )
+        test, forward = (stage(f, *c, *x) for f in (lambda *v: [cond(*cut(v)[:2])], lambda *v: step(*cut(v)[:2])))
+        return cls(test, forward, *_parts(stage(back_flat, *c, *x, *y), forward, len(c), len(x)), sizes, loops)
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -220,7 +218,7 @@ class Sweep:
         c, x, y = flags
         n_x, n_y = self.sizes[1:3]
         while True:
-            cond, (goes_apart,) = _jax.batched(self.cond, axis, [*c, *x], bool(self.prefix) and any(x))
+            cond, (goes_apart,) = _jax.batched(self.cond, axis, [*c, *x], bool(self.prefix) and any((*c, *x, *y)))
             step, found = _jax.batched(self.step, axis, [*c, *x], [goes_apart or f for f in x])
             if x == (x := tuple(map(operator.or_, x, found))):
                 break
@@ -234,7 +232,12 @@ class Sweep:
             )
             if y == (y := tuple(map(operator.or_, y, found[:n_y]))):
                 break
-        return Sweep(cond, step, hoist, leaf, pull, self.sizes, self.loops), (c, x, y), kept, tuple(found[n_y:])
+        own: tuple[Flag, Flag] = ((), ())
+        if goes_apart and not self.prefix:
+            own = tuple(c), tuple(hoisted)
+        elif self.own[0]:
+            own = tuple(map(operator.and_, self.own[0], c)), tuple(map(operator.and_, self.own[1], hoisted))
+        return Sweep(cond, step, hoist, leaf, pull, self.sizes, self.loops, own), (c, x, y), kept, tuple(found[n_y:])
 
 
 # ------------------------------------------------------------------------------------------------ lists of values
@@ -268,8 +271,11 @@ def _is_inexact(aval: Any) -> bool:
 # ------------------------------------------------------------------------------------------------ the parts of a step
 
 
-def _parts(jaxpr: Any, n_c: int, n_x: int) -> tuple[Any, Any, Any]:
-    """Cut (c, x, y) -> (x, y, increments) into what needs c alone, what needs x too, and what needs y."""
+def _parts(jaxpr: Any, step: Any, n_c: int, n_x: int) -> tuple[Any, Any, Any]:
+    """Cut (c, x, y) -> (x, y, increments) into what needs c alone, what needs x too, and what needs y.
+
+    An equation with sub-graphs may compute a part of the next x beside what needs y. Then x comes from `step`.
+    """
     inner = _shared(jaxpr.jaxpr)
     c, x, y = inner.invars[:n_c], inner.invars[n_c : n_c + n_x], inner.invars[n_c + n_x :]
     level = {**dict.fromkeys([*inner.constvars, *c], 0), **dict.fromkeys(x, 1), **dict.fromkeys(y, 2)}
@@ -282,16 +288,18 @@ def _parts(jaxpr: Any, n_c: int, n_x: int) -> tuple[Any, Any, Any]:
     is_from = lambda at: lambda v: not isinstance(v, _jax.Literal) and level[v] == at
     pull, needed = _live(eqns[2], inner.outvars[n_x:])
     residuals = list(filter(is_from(1), needed))
-    leaf, more = _live(eqns[1], [*inner.outvars[:n_x], *residuals])
+    is_apart = not any(map(is_from(2), inner.outvars[:n_x]))
+    made = [*(inner.outvars[:n_x] if is_apart else ()), *residuals]
+    leaf, more = _live(eqns[1], made)
     given = {*inner.constvars, *c}
     hoisted = [v for v in filter(is_from(0), dict.fromkeys([*needed, *more])) if v not in given]
     hoist, _ = _live(eqns[0], hoisted)
     make = lambda invars, outvars, eqns: _jax.part_of(inner, invars, outvars, eqns, jaxpr.consts)
-    return (
-        make(c, hoisted, hoist),
-        make([*c, *hoisted, *x], [*inner.outvars[:n_x], *residuals], leaf),
-        make([*c, *hoisted, *residuals, *y], inner.outvars[n_x:], pull),
-    )
+    leaf = make([*c, *hoisted, *x], made, leaf)
+    if not is_apart:
+        own = lambda *v, rest=leaf: [*call(step, v[:n_c], v[len(v) - n_x :]), *call(rest, v)]
+        leaf = _jax.stage_flat(own, leaf.in_avals, _jax.no_names)
+    return make(c, hoisted, hoist), leaf, make([*c, *hoisted, *residuals, *y], inner.outvars[n_x:], pull)
 
 
 def _shared(jaxpr: Any) -> Any:
@@ -299,7 +307,7 @@ def _shared(jaxpr: Any) -> Any:
     same: dict[Any, Any] = {}
     found: dict[Any, Any] = {}
     atom = lambda v: v if isinstance(v, _jax.Literal) else same.get(v, v)
-    key_of = lambda v: (str(v.val), v.aval) if isinstance(v, _jax.Literal) else v
+    key_of = lambda v: (np.asarray(v.val).tobytes(), v.aval) if isinstance(v, _jax.Literal) else v
     eqns = []
     for eqn in jaxpr.eqns:
         eqn = eqn.replace(invars=list(map(atom, eqn.invars)))
