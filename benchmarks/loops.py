@@ -1,7 +1,7 @@
 """Reverse mode through a `while` loop: `fg.grad` beside equinox's checkpointed loop, and beside `scan` of a known length.
 
 Every row is one loop: its body, the floats of its state and its number of steps, which the program does not know. equinox
-(Kidger 2021, `equinox.internal.while_loop`, after Stumm & Walther 2010) keeps 32 states, and funcgrad in their place 24 and the
+(Kidger 2021, `equinox.internal.while_loop`, after Stumm & Walther 2010) keeps 32 states, and funcgrad in their place 16 and the
 residuals of 16 steps; beside `scan`, which keeps those of all steps, what it keeps by default. Temporaries are what XLA says
 that it allocates; body evaluations are counted, also with as many checkpoints as equinox has and no residuals. The last rows
 are a batch of unequal loops, each with its gradient, and the gradient of a gradient.
@@ -98,13 +98,13 @@ def run(quick: bool) -> list[dict[str, Any]]:
     for body in (elementwise, matmul):
         for floats in (1024,) if quick else (1024, 102_400):
             for steps in (10, 100) if quick else (10, 100, 1_000, 10_000):
-                ours, theirs = by_funcgrad(body, fg.Loops(24, 16)), by_equinox(body, CHECKPOINTS)
+                ours, theirs = by_funcgrad(body, fg.Loops(16, 16)), by_equinox(body, CHECKPOINTS)
                 rows.append(measured(body, floats, steps, "equinox", ours, theirs, arguments(body, floats), quick))
     for steps in (
         (10, 50) if quick else (5, 10, 33, 40, 50, 64, 100, 150, 200, 300, 500, 560, 1_000, 2_000, 5_000, 10_000)
     ):
         same = evaluations(lambda body: by_funcgrad(body, fg.Loops(CHECKPOINTS, 1)), steps)
-        ours = evaluations(lambda body: by_funcgrad(body, fg.Loops(24, 16)), steps)
+        ours = evaluations(lambda body: by_funcgrad(body, fg.Loops(16, 16)), steps)
         theirs = evaluations(lambda body: by_equinox(body, CHECKPOINTS), steps)
         rows.append(dict(EMPTY, body="counted", floats=1, steps=steps, beside="evaluations", evaluations=ours / theirs))
         rows.append(
@@ -118,7 +118,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
     w, x = arguments(matmul, 1024)
     ways = (
         jax.jit(jax.vmap(f, (None, 0, 0)))
-        for f in (by_funcgrad(matmul, fg.Loops(24, 16)), by_equinox(matmul, CHECKPOINTS))
+        for f in (by_funcgrad(matmul, fg.Loops(16, 16)), by_equinox(matmul, CHECKPOINTS))
     )
     args = w, jnp.stack([x] * lanes)
     rows.append(measured(matmul, 1024, 4 * np.arange(1, lanes + 1), "lanes", *ways, args, quick))
