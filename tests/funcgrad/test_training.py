@@ -726,6 +726,15 @@ def test_a_producer_that_raises(chunk, wrap):
     assert error.log.metrics["seen"].tolist() == list(range(6))
 
 
+@pytest.fixture
+def interruptible():
+    """As in a terminal: what a shell runs in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("chunk", ["auto", 1, 4])
 def test_a_keyboard_interrupt_loses_nothing(chunk):
     running, signalled = threading.Event(), threading.Event()
@@ -755,6 +764,7 @@ def test_a_keyboard_interrupt_loses_nothing(chunk):
     assert_close(error.value.state, by_hand(mean, jnp.float32(0), [jnp.float32(x) for x in seen[-300:]])[0])
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_keyboard_interrupt_waits_for_the_dispatch(monkeypatch):
     """Ctrl-C between the donation and the assignment of the new state."""
     prepare = loop.prepare
