@@ -8,6 +8,7 @@ scopes around an equation at any depth. The backward pass lies in scopes of its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -41,16 +42,17 @@ def op(*primitives: str | _jax.Primitive) -> Callable[[Site], bool]:
     >>> list(tap(lambda x: jnp.tanh(2 * jnp.sin(x)), where=op("tanh", "sin"))(0.0)[1])
     ['sin#0', 'tanh#0']
     """
-    names = frozenset(getattr(p, "name", p) for p in primitives)
+    names = [getattr(p, "name", p) for p in primitives]
     if not names or not all(isinstance(name, str) for name in names):
         raise ArgumentError(
             f"op takes primitives or their names, and got {', '.join(f'{p!r:.40}' for p in primitives) or 'nothing'}.",
             hint='fg.op("tanh") or fg.op(jax.lax.tanh_p); fg.walk(graph) shows those of a graph',
         )
-    return Primitives(names)
+    return Primitives(frozenset(map(str, names)))
 
 
-class Primitives(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Primitives:
     """The predicate that `op` makes."""
 
     names: frozenset[str]

@@ -312,7 +312,7 @@ def _cut(values: Sequence[Any], *sizes: int) -> list[list[Any]]:
 
 def _instantiated(flags: Flags, primals: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     """The tangents of flagged values, zeros among them."""
-    every = [f for part in flags for f in part]
+    every = tuple(f for part in flags for f in part)
     zero = lambda x: layouts.zeros(jax.typeof(x).to_tangent_aval())
     return [zero(x) if t is None else t for x, t in zip(chosen(primals, every), chosen(given, every), strict=True)]
 
@@ -329,7 +329,7 @@ def _lanes(axis: Any, values: Sequence[Any], dims: Sequence[int | None], flags: 
 def _moved(axis: Any, x: Any, d: int | None, to: int | None) -> Any:
     if d is None and to is not None:
         return jnp.broadcast_to(jnp.expand_dims(x, to), (*jnp.shape(x)[:to], axis.size, *jnp.shape(x)[to:]))
-    return x if to is None else jnp.moveaxis(x, d, to)
+    return x if d is None or to is None else jnp.moveaxis(x, d, to)
 
 
 def _kept_tree(sweep: Sweep) -> Any:

@@ -94,7 +94,8 @@ def evaluations(steps: int, loops: Loops) -> int:
             units = first
         return total
 
-    units, ends, after = -(-steps // size), [], 1
+    units, after = -(-steps // size), 1
+    ends: list[int] = []
     for unit in range(1, units):
         if unit < after:
             continue

@@ -158,8 +158,8 @@ class Sweep:
             return [*x_, *chosen(tx, fx)], [*y_, *chosen(ty, fy)], [*t_, *tt]
 
         cond = lambda c, x: call(self.cond, c[:n_c], x[:n_x])[0]
-        wider = [[*avals, *tangents(avals, f)] for avals, f in zip((c, x, y), flags, strict=True)]
-        return Sweep.of(cond, step, back, *wider, 2 * n_t, self._loops())
+        wide = lambda avals, f: [*avals, *tangents(avals, f)]
+        return Sweep.of(cond, step, back, wide(c, fc), wide(x, fx), wide(y, fy), 2 * n_t, self._loops())
 
     def _vjp(self, flags: Flags) -> Sweep:
         fc, fx, fy = flags
