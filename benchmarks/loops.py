@@ -3,13 +3,11 @@
 Every row is one loop: its body, the floats of its state and its number of steps, which the program does not know. equinox
 (Kidger 2021, `equinox.internal.while_loop`, after Stumm & Walther 2010) keeps 32 states, and funcgrad in their place 16 and the
 residuals of 16 steps; beside `scan`, which keeps those of all steps, what it keeps by default. Temporaries are what XLA says
-that it allocates; body evaluations are counted, also with as many checkpoints as equinox has and no residuals. The last rows
-are a batch of unequal loops, each with its gradient, and the gradient of a gradient.
+that it allocates. The last rows are a batch of unequal loops, each with its gradient, and the gradient of a gradient.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,10 +30,8 @@ COLUMNS = {
     "time": ".3f",
     "temp_kb": ".0f",
     "memory": ".3f",
-    "evaluations": ".2f",
 }
 CHECKPOINTS = 32
-EMPTY = dict.fromkeys(("theirs_ms", "ours_ms", "time", "temp_kb", "memory", "evaluations"), math.nan)
 Step = Callable[[Any, Any], Any]
 
 
@@ -80,19 +76,6 @@ def by_scan(body: Step, steps: int) -> Callable:
     return jax.jit(jax.grad(loss, (0, 1)))
 
 
-def evaluations(by: Callable[[Step], Callable], steps: int) -> int:
-    """How often the body of a loop is computed for its gradient."""
-    calls = []
-
-    @jax.custom_jvp
-    def counted(x):
-        return jax.pure_callback(lambda x: calls.append(1) or np.sin(x), x, x)
-
-    counted.defjvp(lambda primals, tangents: ((out := counted(*primals)), tangents[0] * out))
-    jax.block_until_ready(by(lambda w, x: counted(x) * w)(jnp.ones(()), jnp.ones(()), steps))
-    return len(calls)
-
-
 def run(quick: bool) -> list[dict[str, Any]]:
     rows = []
     for body in (elementwise, matmul):
@@ -100,16 +83,6 @@ def run(quick: bool) -> list[dict[str, Any]]:
             for steps in (10, 100) if quick else (10, 100, 1_000, 10_000):
                 ours, theirs = by_funcgrad(body, fg.Loops(16, 16)), by_equinox(body, CHECKPOINTS)
                 rows.append(measured(body, floats, steps, "equinox", ours, theirs, arguments(body, floats), quick))
-    for steps in (
-        (10, 50) if quick else (5, 10, 33, 40, 50, 64, 100, 150, 200, 300, 500, 560, 1_000, 2_000, 5_000, 10_000)
-    ):
-        same = evaluations(lambda body: by_funcgrad(body, fg.Loops(CHECKPOINTS, 1)), steps)
-        ours = evaluations(lambda body: by_funcgrad(body, fg.Loops(16, 16)), steps)
-        theirs = evaluations(lambda body: by_equinox(body, CHECKPOINTS), steps)
-        rows.append(dict(EMPTY, body="counted", floats=1, steps=steps, beside="evaluations", evaluations=ours / theirs))
-        rows.append(
-            dict(EMPTY, body="counted", floats=1, steps=steps, beside="as many checkpoints", evaluations=same / theirs)
-        )
     for floats in (1024,) if quick else (1024, 102_400):
         steps = 100 if quick else 1_000
         ours, theirs = by_funcgrad(matmul, fg.Loops()), by_scan(matmul, steps)
@@ -155,7 +128,6 @@ def measured(
         "time": ratio(*took),
         "temp_kb": temp[0] / 1024,
         "memory": temp[0] / temp[1],
-        "evaluations": math.nan,
     }
 
 
@@ -165,8 +137,6 @@ def figures(rows: list[dict[str, Any]]) -> list[Figure]:
         Figure("time beside equinox, geomean", geomean(of("equinox", "time")), most=0.5),
         Figure("time beside equinox, most", max(of("equinox", "time")), most=0.8),
         Figure("memory beside equinox, most", max(of("equinox", "memory")), most=1.0),
-        Figure("body evaluations beside equinox, most", max(of("evaluations", "evaluations")), most=1.0),
-        Figure("the same with as many checkpoints", max(of("as many checkpoints", "evaluations")), most=1.0),
         Figure("time beside scan, most", max(of("scan", "time")), most=1.15),
         Figure("memory beside scan, most", max(of("scan", "memory")), most=0.05),
         Figure("time of a batch beside equinox", max(of("lanes", "time")), most=0.8),

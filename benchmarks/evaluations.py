@@ -1,0 +1,56 @@
+"""How often the body of a `while` loop is computed for its gradient: counted, beside equinox's checkpointed loop.
+
+equinox keeps 32 states. funcgrad keeps as many and no residuals, or 16 and the residuals of 16 steps (`benchmarks.loops`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import funcgrad as fg
+
+from .interleaving import Figure
+from .loops import CHECKPOINTS, Step, by_equinox, by_funcgrad
+
+COLUMNS = {
+    "steps": "d",
+    "equinox": "d",
+    "as_many_checkpoints": "d",
+    "with_residuals": "d",
+    "ratio": ".2f",
+    "other_ratio": ".2f",
+}
+STEPS = 5, 10, 33, 40, 50, 64, 100, 150, 200, 300, 500, 560, 1_000, 2_000, 5_000, 10_000
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    rows = []
+    for steps in (10, 50) if quick else STEPS:
+        theirs = counted(lambda body: by_equinox(body, CHECKPOINTS), steps)
+        same = counted(lambda body: by_funcgrad(body, fg.Loops(CHECKPOINTS, 1)), steps)
+        other = counted(lambda body: by_funcgrad(body, fg.Loops(16, 16)), steps)
+        values = steps, theirs, same, other, same / theirs, other / theirs
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def counted(by: Callable[[Step], Callable], steps: int) -> int:
+    """How often the body is computed."""
+    calls = []
+
+    @jax.custom_jvp
+    def sine(x):
+        return jax.pure_callback(lambda x: calls.append(1) or np.sin(x), x, x)
+
+    sine.defjvp(lambda primals, tangents: ((out := sine(*primals)), tangents[0] * out))
+    jax.block_until_ready(by(lambda w, x: sine(x) * w)(jnp.ones(()), jnp.ones(()), steps))
+    return len(calls)
+
+
+def figures(rows: list[dict[str, Any]]) -> list[Figure]:
+    return [Figure("as many checkpoints: most", max(row["ratio"] for row in rows), most=1.0)]
