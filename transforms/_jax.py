@@ -252,10 +252,14 @@ def dropped(var: Any) -> bool:
 
 
 @contextlib.contextmanager
-def context_of(eqn: JaxprEqn) -> Iterator[None]:
-    """The scopes, source line and configuration that `eqn` was traced under."""
+def context_of(eqn: JaxprEqn, is_inlined: bool = False) -> Iterator[None]:
+    """The scopes, source line and configuration that `eqn` was traced under.
+
+    What JAX inlines has the line of its call, as in JAX: its own knows whoever called that function first.
+    """
     scopes = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=scopes), eqn.ctx.manager:
+    traceback = (source_info_util.current() if is_inlined else eqn.source_info).traceback
+    with source_info_util.user_context(traceback, name_stack=scopes), eqn.ctx.manager:
         yield
 
 

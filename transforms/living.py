@@ -94,7 +94,8 @@ def _apply(rules: Rules, eqn: Any, values: Sequence[Any], axes: frozenset[str]) 
         return live(functools.partial(_jax.bind, eqn.primitive, eqn.params), rules)(values)
     if eqn.primitive.name in layouts.INLINED:
         return evaluate(layouts.bodies(eqn)[0].jaxpr, rules, values)
-    new = [_rewritten(body.jaxpr, rules, axes) for body in layouts.bodies(eqn)]
+    is_inlined = layouts.is_inlined(eqn)
+    new = [_rewritten(body.jaxpr, rules, axes, is_inlined) for body in layouts.bodies(eqn)]
     return layouts.rebind(eqn.primitive, eqn.params, values, new)
 
 
@@ -143,7 +144,7 @@ def _is_one(eqn: Any) -> bool:
     return eqn.primitive.name in layouts.INLINED or not layouts.bodies(eqn)
 
 
-def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules, axes: frozenset[str]) -> layouts.Opened:
+def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules, axes: frozenset[str], is_inlined: bool) -> layouts.Opened:
     """A sub-graph with the rules applied, its constants and those of the rules as leading inputs.
 
     Inside a `shard_map` all of its values differ along `axes`, whatever they did where it was traced.
@@ -155,7 +156,8 @@ def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules, axes: frozenset[str]) -> l
     memo = rules.memo.setdefault(inner, {})
     opened = memo.get(context)
     if opened is None:
-        again = lambda *values: [_jax.vary(x, axes) for x in run(inner, values, functools.partial(apply, rules))]
+        rewrite = functools.partial(apply, rules)
+        again = lambda *values: [_jax.vary(x, axes) for x in run(inner, values, rewrite, is_inlined)]
         opened = retraced(inner, again, axes)
         if not any(isinstance(c, jax.core.Tracer) for c in opened.consts):
             memo[context] = opened
@@ -173,8 +175,12 @@ def evaluate(jaxpr: _jax.ClosedJaxpr, rules: Rules, values: Sequence[Any]) -> li
     return run(jaxpr.jaxpr, [*jaxpr.consts, *values], functools.partial(apply, rules))
 
 
-def run(jaxpr: _jax.Jaxpr, values: Sequence[Any], apply: Callable) -> list[Any]:
-    """Evaluate a jaxpr, constants as leading values, with `apply(eqn, values) -> outputs` for each equation."""
+def run(jaxpr: _jax.Jaxpr, values: Sequence[Any], apply: Callable, is_inlined: bool = False) -> list[Any]:
+    """Evaluate a jaxpr, constants as leading values, with `apply(eqn, values) -> outputs` for each equation.
+
+    Args:
+      is_inlined: whether it is the body of what JAX inlines: its equations then have the source line of the call.
+    """
     env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True))
     last = _jax.last_used(jaxpr)
 
@@ -182,7 +188,7 @@ def run(jaxpr: _jax.Jaxpr, values: Sequence[Any], apply: Callable) -> list[Any]:
         return atom.val if isinstance(atom, _jax.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
-        with _jax.context_of(eqn), of_width(v.aval for v in (*eqn.invars, *eqn.outvars)):
+        with _jax.context_of(eqn, is_inlined), of_width(v.aval for v in (*eqn.invars, *eqn.outvars)):
             outputs = apply(eqn, [read(v) for v in eqn.invars])
         env.update((v, x) for v, x in zip(eqn.outvars, outputs, strict=True) if v in last)
         for var in {v for v in eqn.invars if not isinstance(v, _jax.Literal) and last[v] is eqn}:

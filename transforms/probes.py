@@ -213,7 +213,7 @@ class Frame:
         is_near = self.probe.scope(path, self.around) or any(id(x) in self.made for x in values)
         if is_near and layouts.is_inlined(eqn):  # a traced function has what it computes in its place
             body = layouts.bodies(eqn)[0].jaxpr
-            return run(body.jaxpr, [*body.consts, *values], self.apply)
+            return run(body.jaxpr, [*body.consts, *values], self.apply, is_inlined=True)
         values = [self.used(x, path) for x in values]
         return self.outputs(eqn, path, values, self.bound(eqn, path, values))
 
@@ -247,10 +247,12 @@ class Frame:
         consts = _closed_over(bodies) if self.made or self.outer else ()
         moved = [x for x in consts if self.used(x, path) is not x]
         same = lambda: _jax.bind(eqn.primitive, eqn.params, values)
-        first = lambda: run(bodies[0].jaxpr, [*(self.used(x, path) for x in bodies[0].consts), *values], self.apply)
+        is_inlined = layouts.is_inlined(eqn)
+        inputs = lambda: [*(self.used(x, path) for x in bodies[0].consts), *values]
+        first = lambda: run(bodies[0].jaxpr, inputs(), self.apply, is_inlined)
         if not moved and not any(self.probe.holds(body.jaxpr, path) for body in bodies):
             return same()
-        if layouts.is_inlined(eqn):
+        if is_inlined:
             return first()
         if kind in layouts.INLINED | layouts.WITH_DERIVATIVES:
             return self.beside(path, first, same)

@@ -1370,6 +1370,24 @@ def test_replacements_of_another_type(replace, given, form):
         assert hint == "  try     return as many values as the equation has outputs, of their shapes and dtypes"
 
 
+def test_errors_name_the_line_of_this_function_not_of_who_called_jnp_first():
+    x = jnp.ones((2, 7))  # of no other test: this is the first call of jnp.arctan for it
+    jax.make_jaxpr(fg.rewrite(fg.trace(lax.cos, x), {lax.cos_p: lambda eqn, x: jnp.arctan(x) + 1}))(x)
+
+    def f(x):
+        with scope("a"):
+            y = jnp.arctan(x)
+        return y + 1
+
+    by_scope = fg.patch(f, where="a", replace="zero")
+    by_primitive = fg.patch(f, where=fg.op("atan"), replace="zero")
+    by_rule = fg.live(f, {lax.atan_p: lambda eqn, x: x[0]})
+    for edited in (by_scope, by_primitive, by_rule):
+        with pytest.raises(fg.GraphError) as e:
+            edited(x)
+        assert re.search(rf"  at      {re.escape(__file__)}:\d+ \(.*f\)", str(e.value))
+
+
 def test_replacements_of_several_values():
     f = lambda x: lax.top_k(x, 2)
     got = fg.patch(f, where=fg.op("top_k"), replace=lambda v, i: (v * 2, i))(X)
