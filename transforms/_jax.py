@@ -252,15 +252,16 @@ def dropped(var: Any) -> bool:
 
 
 @contextlib.contextmanager
-def context_of(eqn: JaxprEqn, is_inlined: bool = False) -> Iterator[None]:
-    """The scopes, source line and configuration that `eqn` was traced under.
-
-    What JAX inlines has the line of its call, as in JAX: its own knows whoever called that function first.
-    """
+def context_of(eqn: JaxprEqn) -> Iterator[None]:
+    """The scopes, source line and configuration that `eqn` was traced under."""
     scopes = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    traceback = (source_info_util.current() if is_inlined else eqn.source_info).traceback
-    with source_info_util.user_context(traceback, name_stack=scopes), eqn.ctx.manager:
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=scopes), eqn.ctx.manager:
         yield
+
+
+def inlined(eqn: JaxprEqn) -> JaxprEqn:
+    """An equation of what JAX inlines, with the line of the call as in JAX. Its own knows who called that function first."""
+    return eqn.replace(source_info=eqn.source_info.replace(traceback=current_source().traceback))
 
 
 def bind(primitive: Primitive, params: dict, values: Sequence[Any]) -> list[Any]:

@@ -188,8 +188,9 @@ def run(jaxpr: _jax.Jaxpr, values: Sequence[Any], apply: Callable, is_inlined: b
         return atom.val if isinstance(atom, _jax.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
-        with _jax.context_of(eqn, is_inlined), of_width(v.aval for v in (*eqn.invars, *eqn.outvars)):
-            outputs = apply(eqn, [read(v) for v in eqn.invars])
+        bound = _jax.inlined(eqn) if is_inlined else eqn
+        with _jax.context_of(bound), of_width(v.aval for v in (*eqn.invars, *eqn.outvars)):
+            outputs = apply(bound, [read(v) for v in eqn.invars])
         env.update((v, x) for v, x in zip(eqn.outvars, outputs, strict=True) if v in last)
         for var in {v for v in eqn.invars if not isinstance(v, _jax.Literal) and last[v] is eqn}:
             del env[var]  # frees the memory of an eager run as it goes
