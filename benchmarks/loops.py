@@ -8,7 +8,7 @@ that it allocates. The last rows are a batch of unequal loops, each with its gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ COLUMNS = {
     "time": ".3f",
     "temp_kb": ".0f",
     "memory": ".3f",
+    "trace_ms": ".1f",
+    "trace": ".2f",
 }
 CHECKPOINTS = 32
 Step = Callable[[Any, Any], Any]
@@ -77,27 +79,23 @@ def by_scan(body: Step, steps: int) -> Callable:
 
 
 def run(quick: bool) -> list[dict[str, Any]]:
+    sizes, lanes = ((1024,), 4) if quick else ((1024, 102_400), 64)
+    few = fg.Loops(16, 16)
     rows = []
-    for body in (elementwise, matmul):
-        for floats in (1024,) if quick else (1024, 102_400):
-            for steps in (10, 100) if quick else (10, 100, 1_000, 10_000):
-                ours, theirs = by_funcgrad(body, fg.Loops(16, 16)), by_equinox(body, CHECKPOINTS)
-                rows.append(measured(body, floats, steps, "equinox", ours, theirs, arguments(body, floats), quick))
-    for floats in (1024,) if quick else (1024, 102_400):
+    for floats in sizes:
+        for body in (matmul,) if quick else (elementwise, matmul):
+            ways = lambda body=body: (by_funcgrad(body, few), by_equinox(body, CHECKPOINTS))
+            steps = (10, 100) if quick else (10, 100, 1_000, 10_000)
+            rows += measured(body, floats, steps, "equinox", ways, arguments(body, floats), quick)
         steps = 100 if quick else 1_000
-        ours, theirs = by_funcgrad(matmul, fg.Loops()), by_scan(matmul, steps)
-        rows.append(measured(matmul, floats, steps, "scan", ours, theirs, arguments(matmul, floats), quick))
-    lanes = 8 if quick else 64
+        ways = lambda steps=steps: (by_funcgrad(matmul, fg.Loops()), by_scan(matmul, steps))
+        rows += measured(matmul, floats, [steps], "scan", ways, arguments(matmul, floats), quick)
     w, x = arguments(matmul, 1024)
-    ways = (
-        jax.jit(jax.vmap(f, (None, 0, 0)))
-        for f in (by_funcgrad(matmul, fg.Loops(16, 16)), by_equinox(matmul, CHECKPOINTS))
-    )
+    batched = lambda f: jax.jit(jax.vmap(f, (None, 0, 0)))
+    ways = lambda: (batched(by_funcgrad(matmul, few)), batched(by_equinox(matmul, CHECKPOINTS)))
     args = w, jnp.stack([x] * lanes)
-    rows.append(measured(matmul, 1024, 4 * np.arange(1, lanes + 1), "lanes", *ways, args, quick))
-    rows.append(
-        measured(elementwise, 1024, 100, "first order", *of_second_order(), arguments(elementwise, 1024), quick)
-    )
+    rows += measured(matmul, 1024, [4 * np.arange(1, lanes + 1)], "lanes", ways, args, quick)
+    rows += measured(elementwise, 1024, [100], "first order", of_second_order, arguments(elementwise, 1024), quick)
     return rows
 
 
@@ -109,26 +107,41 @@ def of_second_order() -> tuple[Callable, Callable]:
 
 
 def measured(
-    body: Step, floats: int, steps: Any, beside: str, ours: Callable, theirs: Callable, args: tuple, quick: bool
-) -> dict[str, Any]:
-    args = *args, np.asarray(steps, np.int32)
-    compiled = [f.lower(*args).compile() for f in (ours, theirs)]
+    body: Step,
+    floats: int,
+    lengths: Sequence[Any],
+    beside: str,
+    make: Callable[[], tuple[Callable, Callable]],
+    args: tuple,
+    quick: bool,
+) -> list[dict[str, Any]]:
+    """A row for each number of steps; both ways, ours first, are traced and compiled once for all of them."""
+    rows = []
+    inputs = [(*args, np.asarray(steps, np.int32)) for steps in lengths]
+    tracing = interleaved(*(lambda k=k: make()[k].trace(*inputs[0]) for k in (0, 1)), rounds=3 if quick else 9).cpu_s
+    compiled = [f.lower(*inputs[0]).compile() for f in make()]
     temp = [c.memory_analysis().temp_size_in_bytes for c in compiled]
-    ways = [lambda c=c: jax.block_until_ready(c(*args)) for c in compiled]
-    if beside != "first order":
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), *(way() for way in ways))
-    took = interleaved(*ways, rounds=3 if quick else 9, calls=calls_within(0.02, ways[1]), within_s=6).wall_s
-    return {
-        "body": body.__name__,
-        "floats": floats,
-        "steps": int(np.max(steps)),
-        "beside": beside,
-        "theirs_ms": float(np.median(took[1])) * 1e3,
-        "ours_ms": float(np.median(took[0])) * 1e3,
-        "time": ratio(*took),
-        "temp_kb": temp[0] / 1024,
-        "memory": temp[0] / temp[1],
-    }
+    for values in inputs:
+        ways = [lambda c=c, values=values: jax.block_until_ready(c(*values)) for c in compiled]
+        if beside != "first order":
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), *(way() for way in ways))
+        took = interleaved(*ways, rounds=3 if quick else 9, calls=calls_within(0.02, ways[1]), within_s=6).wall_s
+        rows.append(
+            {
+                "body": body.__name__,
+                "floats": floats,
+                "steps": int(np.max(values[-1])),
+                "beside": beside,
+                "theirs_ms": float(np.median(took[1])) * 1e3,
+                "ours_ms": float(np.median(took[0])) * 1e3,
+                "time": ratio(*took),
+                "temp_kb": temp[0] / 1024,
+                "memory": temp[0] / temp[1],
+                "trace_ms": float(np.median(tracing[0])) * 1e3,
+                "trace": ratio(*tracing),
+            }
+        )
+    return rows
 
 
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
@@ -139,6 +152,7 @@ def figures(rows: list[dict[str, Any]]) -> list[Figure]:
         Figure("memory beside equinox, most", max(of("equinox", "memory")), most=1.0),
         Figure("time beside scan, most", max(of("scan", "time")), most=1.15),
         Figure("memory beside scan, most", max(of("scan", "memory")), most=0.05),
+        Figure("time to trace beside scan, most", max(of("scan", "trace")), most=3.0),
         Figure("time of a batch beside equinox", max(of("lanes", "time")), most=0.8),
         Figure("memory of second order beside first", max(of("first order", "memory")), most=4.0),
     ]

@@ -21,6 +21,7 @@ ALSO = {
     "listing": {"graph"},
     "gradient": {"residuals", "scopes", "loops"},
     "patterns": {"matching"},
+    "probes": {"frames"},
     "compilation": {"retraces"},
 }
 

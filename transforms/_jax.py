@@ -146,6 +146,11 @@ def names_of(jaxpr: Jaxpr) -> Any:
     return names
 
 
+def unnamed(jaxpr: Jaxpr) -> Any:
+    """As `names_of`, for a graph that has no names for its inputs."""
+    return jaxpr.debug_info.with_unknown_names()
+
+
 def without_results(jaxpr: Jaxpr) -> Any:
     """As `names_of` without constants, for a new graph of the same inputs: its results are named anew."""
     return jaxpr.debug_info._replace(result_paths=None)
@@ -172,14 +177,6 @@ def part_of(
 def check_jaxpr(jaxpr: ClosedJaxpr) -> None:
     """Type-check every equation; raises JAX's `JaxprTypeError`."""
     core.check_jaxpr(jaxpr.jaxpr)
-
-
-def out_avals(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """The types of an equation's outputs, also of one that is just being bound to these values."""
-    if isinstance(eqn, JaxprEqn):
-        return [v.aval for v in eqn.outvars]
-    out, _ = eqn.primitive.abstract_eval(*map(core.typeof, values), **eqn.params)
-    return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def fitted(value: Any, aval: Any) -> Any:
@@ -262,6 +259,12 @@ def context_of(eqn: JaxprEqn) -> Iterator[None]:
 def inlined(eqn: JaxprEqn) -> JaxprEqn:
     """An equation of what JAX inlines, with the line of the call as in JAX. Its own knows who called that function first."""
     return eqn.replace(source_info=eqn.source_info.replace(traceback=current_source().traceback))
+
+
+def staged(value: Any) -> Any:
+    """A literal of a graph as a value of the current trace."""
+    with core.take_current_trace() as trace:
+        return trace.stage_value(value)
 
 
 def bind(primitive: Primitive, params: dict, values: Sequence[Any]) -> list[Any]:
@@ -347,38 +350,6 @@ def named_context(context: tuple) -> dict[str, str]:
     """A `trace_context` as text: option -> value."""
     values = (dict(value.axis_sizes) if isinstance(value, core.AxisEnv) else value for value in context)
     return dict(zip(config.trace_context_names(), map(str, values), strict=True))
-
-
-# ------------------------------------------------------------------------------------------------ comparing equations
-
-
-class Unknown(core.Tracer):
-    """A value of unknown type: asking for the type raises `question`."""
-
-    __slots__ = ("question",)
-    aval = property(lambda self: self._raise())  # type: ignore[assignment]
-
-    def __init__(self, question: BaseException):
-        self.question = question
-
-    def _raise(self):
-        raise self.question
-
-
-def unnamed(jaxpr: Jaxpr) -> Any:
-    """As `names_of`, for a graph that has no names for its inputs."""
-    return jaxpr.debug_info.with_unknown_names()
-
-
-def staged(value: Any) -> Any:
-    """A literal of a graph as a value of the current trace."""
-    with core.take_current_trace() as trace:
-        return trace.stage_value(value)
-
-
-def varied(value: Any, aval: Any) -> Any:
-    """`value` as one that differs along the mesh axes that `aval` does."""
-    return vary(value, axes_of(aval))
 
 
 # ------------------------------------------------------------------------------------------------ new primitives

@@ -27,6 +27,7 @@ _BODIES = {
     "jit": ("jaxpr",),
     "scan": ("jaxpr",),
     "while": ("cond_jaxpr", "body_jaxpr"),
+    "loop": ("cond_jaxpr", "body_jaxpr"),  # ours: a while that can be reversed
     "cond": ("branches",),
     "remat2": ("jaxpr",),
     "closed_call": ("call_jaxpr",),
@@ -47,6 +48,7 @@ FUNCTIONAL = frozenset({"custom_jvp_call", "custom_vjp_call", "shard_map"})
 # A name, or a batching rule, given to a body: what has another body does not deserve it, and is that body in place.
 INLINED = frozenset({"composite", "custom_vmap_call"})
 WITH_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+LOOPS = frozenset({"while", "loop"})
 
 
 def bodies(eqn: Any) -> list[Body]:
@@ -90,7 +92,7 @@ def rebind(primitive: _jax.Primitive, params: dict, values: Sequence[Any], new: 
 
 def has_room(eqn: Any) -> bool:
     """Whether `rebind` can return more outputs of an equation's sub-graphs than it had."""
-    if eqn.primitive.name == "while":
+    if eqn.primitive.name in LOOPS:
         return bodies(eqn)[0].jaxpr.jaxpr.outvars[0].aval.shape == ()
     return eqn.primitive.name not in ("custom_linear_solve", "shard_map")
 
@@ -236,6 +238,7 @@ _LAYOUTS = {
     "jit": _jit,
     "scan": _scan,
     "while": _while,
+    "loop": _while,
     "cond": _cond,
     "compute_on": _compute_on,
     "custom_linear_solve": _linear_solve,
@@ -272,7 +275,7 @@ def _is_placed_freely(params: dict) -> bool:
 def operands(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
     """For each body of `eqn`, which of its operands each input is at first, or is a part of; None where it is none."""
     name, p, values = eqn.primitive.name, eqn.params, list(values)
-    if name == "while":
+    if name in LOOPS:
         n = p["cond_nconsts"]
         return [values[:n] + values[n + p["body_nconsts"] :], values[n:]]
     if name == "cond":
@@ -288,7 +291,7 @@ def fed(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
     counts = [len(given) for given in inputs]
     if name == "scan":
         counts = [p["num_consts"] if "num_consts" in p else len(p["ft_in"].unpack()[0])]
-    elif name == "while":
+    elif name in LOOPS:
         counts = [p["cond_nconsts"], p["body_nconsts"]]
     elif name == "shard_map":
         counts = [0]

@@ -87,7 +87,7 @@ def _apply(rules: Rules, eqn: Any, values: Sequence[Any], axes: frozenset[str]) 
         outputs = rule(eqn, *values)
         outputs = outputs if eqn.primitive.multiple_results else [outputs]
         what = f"the rule of '{eqn.primitive}' in {rules.name}"
-        return checked(what, eqn, _jax.out_avals(eqn, values), outputs)
+        return checked(what, eqn, _types_of(eqn, values), outputs)
     if not is_touched:
         return _jax.bind(eqn.primitive, eqn.params, values)
     if eqn.primitive.name in layouts.FUNCTIONAL:
@@ -97,6 +97,14 @@ def _apply(rules: Rules, eqn: Any, values: Sequence[Any], axes: frozenset[str]) 
     is_inlined = layouts.is_inlined(eqn)
     new = [_rewritten(body.jaxpr, rules, axes, is_inlined) for body in layouts.bodies(eqn)]
     return layouts.rebind(eqn.primitive, eqn.params, values, new)
+
+
+def _types_of(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The types of an equation's outputs, also of one that is just being bound to these values."""
+    if isinstance(eqn, _jax.JaxprEqn):
+        return [v.aval for v in eqn.outvars]
+    out, _ = eqn.primitive.abstract_eval(*map(jax.typeof, values), **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def checked(what: str, eqn: Any, avals: Sequence[Any], outputs: Any) -> list[Any]:
@@ -219,6 +227,32 @@ class Watch(_jax.Trace):
         """Values have no form of ours: the parent's is theirs."""
         return self.parent.stage_value(value)
 
+    def call(self, process, primitive, functions, values, options):
+        """What holds functions is being bound: itself, then its derivative rules. `process` is the parent's method."""
+        return process(primitive, *functions, values)
+
+    # These leave the current trace as `bind` set it, as JAX's own traces do.
+
+    def process_custom_jvp_call(self, primitive, fun, jvp, values, /, **options):
+        """A function with its own JVP rule is being called."""
+        process = functools.partial(self.parent.process_custom_jvp_call, **options)
+        return self.call(process, primitive, (fun, jvp), values, options)
+
+    def process_custom_vjp_call(self, primitive, fun, fwd, bwd, values, /, **options):
+        """A function with its own VJP rule is being called."""
+        process = functools.partial(self.parent.process_custom_vjp_call, **options)
+        return self.call(process, primitive, (fun, fwd, bwd), values, options)
+
+    def process_shard_map(self, primitive, fun, values, /, **options):
+        """A function is being mapped over the shards of a mesh."""
+        process = functools.partial(self.parent.process_shard_map, **options)
+        return self.call(process, primitive, (fun,), values, options)
+
+    def process_call(self, primitive, fun, values, params, /):
+        """A call of the old style, JAX 0.10 only."""
+        process = lambda *inputs: self.parent.process_call(*inputs, params)
+        return self.call(process, primitive, (fun,), values, params)
+
 
 class Living(Watch):
     """The trace that a living function runs under: it hands on everything but what the rules claim."""
@@ -238,24 +272,7 @@ class Living(Watch):
             outputs = apply(rules, Bound(primitive, params, _jax.current_source()), values)
         return outputs if primitive.multiple_results else outputs[0]
 
-    def _alive(self, f):
-        return _jax.transformed(f, lambda g: live(g, self.rules))
-
-    # These leave the current trace as `bind` set it, as JAX's own traces do.
-
-    def process_custom_jvp_call(self, primitive, fun, jvp, values, /, **options):
-        """A function with its own JVP rule is being called; both run live."""
-        return self.parent.process_custom_jvp_call(primitive, self._alive(fun), self._alive(jvp), values, **options)
-
-    def process_custom_vjp_call(self, primitive, fun, fwd, bwd, values, /, **options):
-        """A function with its own VJP rule is being called; all three run live."""
-        functions = map(self._alive, (fun, fwd, bwd))
-        return self.parent.process_custom_vjp_call(primitive, *functions, values, **options)
-
-    def process_shard_map(self, primitive, fun, values, /, **options):
-        """A function is being mapped over the shards of a mesh; it runs live."""
-        return self.parent.process_shard_map(primitive, self._alive(fun), values, **options)
-
-    def process_call(self, primitive, fun, values, params, /):
-        """A call of the old style, JAX 0.10 only."""
-        return self.parent.process_call(primitive, self._alive(fun), values, params)
+    def call(self, process, primitive, functions, values, options):
+        """Functions and derivative rules run live."""
+        alive = (_jax.transformed(f, lambda g: live(g, self.rules)) for f in functions)
+        return process(primitive, *alive, values)

@@ -27,7 +27,7 @@ from . import _jax, layouts
 from .arguments import name_of
 from .errors import ArgumentError, GraphError, location
 from .graph import Graph
-from .living import Bound, Living, apply, of_width, retraced
+from .living import Bound, Watch, apply, of_width, retraced
 from .matching import Form, Keys, Level, Match, Node, Plan, Planner, Value, View, is_folded, type_of, where
 from .rules import Rules
 
@@ -133,17 +133,30 @@ class _Needed(BaseException):
         self.k = k
 
 
+class _Unknown(jax.core.Tracer):
+    """A value of unknown type: asking for the type raises `question`."""
+
+    __slots__ = ("question",)
+    aval = property(lambda self: self._raise())  # type: ignore[assignment]
+
+    def __init__(self, question: BaseException):
+        self.question = question
+
+    def _raise(self):
+        raise self.question
+
+
 class _Absent(BaseException):
     """The pattern computes what the graph does not."""
 
 
-class _Watching(Living):
+class _Watching(Watch):
     """The trace that a pattern runs under: `check` sees each operation before it is bound."""
 
     __slots__ = ("check",)
 
     def __init__(self, parent: Any, check: Callable):
-        super().__init__(parent, _NOTHING)
+        super().__init__(parent)
         self.check = check
 
     def process_primitive(self, primitive, values, params, /):
@@ -225,7 +238,7 @@ def _form(graph: Graph, pattern: Callable, names: list[str], keys: Keys, chosen:
 
     def flat(*values):
         known = dict(zip(order, values, strict=True))
-        args = [known[k] if k in known else _jax.Unknown(_Needed(k)) for k in range(len(names))]
+        args = [known[k] if k in known else _Unknown(_Needed(k)) for k in range(len(names))]
         with _jax.take_current_trace() as parent, _jax.set_current_trace(_Watching(parent, check)):
             leaves, tree = tree_flatten(pattern(*args))
         trees.append(tree)
@@ -260,27 +273,20 @@ def _wrong(pattern: Callable, what: str, hint: str) -> GraphError:
 # ------------------------------------------------------------------------------------------------ the new graph
 
 
-class _Instead(Living):
+class _Instead(Watch):
     """Binds an equation with another function in the place of its body; its derivative rules and specs stay."""
 
     __slots__ = ("f",)
 
     def __init__(self, parent: Any, f: Callable):
-        super().__init__(parent, _NOTHING)
+        super().__init__(parent)
         self.f = f
 
-    def _other(self, fun):
-        return _jax.transformed(fun, lambda _: self.f)
-
-    def process_custom_jvp_call(self, primitive, fun, jvp, values, /, **options):
-        return self.parent.process_custom_jvp_call(primitive, self._other(fun), jvp, values, **options)
-
-    def process_custom_vjp_call(self, primitive, fun, fwd, bwd, values, /, **options):
-        return self.parent.process_custom_vjp_call(primitive, self._other(fun), fwd, bwd, values, **options)
-
-    def process_shard_map(self, primitive, fun, values, /, **options):
-        other = _jax.transformed(fun, lambda finish: lambda *values: finish(*self.f(*values)))
-        return self.parent.process_shard_map(primitive, other, values, **options)
+    def call(self, process, primitive, functions, values, options):
+        fun, *rules = functions
+        finished = lambda finish: lambda *values: finish(*self.f(*values))  # a shard_map's own function returns more
+        other = _jax.transformed(fun, lambda g: self.f if rules else finished(g))
+        return process(primitive, other, *rules, values)
 
 
 class _Run(NamedTuple):
@@ -357,7 +363,7 @@ class _Run(NamedTuple):
         if tree == match.form.tree:
             fitted = [_jax.fitted(x, aval) for x, aval in zip(outputs, avals, strict=True)]
             if all(x is not None for x in fitted):
-                return [_jax.varied(x, aval) for x, aval in zip(fitted, avals, strict=True)]
+                return [_jax.vary(x, _jax.axes_of(aval)) for x, aval in zip(fitted, avals, strict=True)]
         short = lambda x: jax.typeof(x).str_short() if hasattr(x, "dtype") else type(x).__name__
         raise GraphError(
             f"the replacement {name_of(self.replacement)} returned {', '.join(map(short, outputs)) or 'nothing'} "

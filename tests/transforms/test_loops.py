@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.loops.schedule import evaluations
+from funcgrad.transforms.loops.schedule import evaluations, lengths
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -109,6 +109,11 @@ def test_no_more_than_one_evaluation_beside_the_optimum():
     for slots in (4, 8, 16, 32, 100):
         for steps in (50, 200, 1000, 5000):
             assert evaluations(steps, fg.Loops(slots, 1)) <= optimum(steps, slots) + steps
+
+
+def test_more_steps_than_the_table_of_lengths_knows():
+    steps = int(lengths(1)[-1, 2]) + 1  # of the segment up to the one checkpoint
+    assert steps**2 / 4 > evaluations(steps, fg.Loops(1, 1)) > evaluations(steps - 1, fg.Loops(1, 1))
 
 
 def test_no_step_is_computed_twice_within_the_residual_steps():
@@ -666,3 +671,20 @@ def test_greedy_decoding():
         return state[2]
 
     assert_near(fg.grad(said)(params, False), jax.grad(said)(params, True), 1e-3)
+
+
+def test_the_insides_of_a_differentiable_loop_are_seen_and_changed():
+    f = fg.differentiable(lambda x: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.sin(c[1])), (0, x))[1])
+    x = X / 100  # so small that arcsin is the inverse of sin
+    graph = fg.trace(f, x)
+    _, seen = fg.tap(graph, where=fg.op("sin"))(x)
+    (value, ran) = seen["sin#0"]
+    assert ran
+    assert_near(value, jnp.sin(jnp.sin(jnp.sin(x))), 1e-6)
+    for doubled in (
+        fg.rewrite(graph, {lax.sin_p: lambda eqn, x: 2 * x}),
+        fg.patch(graph, where=fg.op("sin"), replace=lambda y: jnp.arcsin(y) * 2),
+        fg.replace(graph, jnp.sin, lambda x: 2 * x),
+    ):
+        assert_near(doubled(x), 8 * x, 1e-5)
+        assert_near(jax.grad(lambda x: jnp.sum(doubled(x)))(x), jnp.full_like(x, 8.0), 1e-5)

@@ -82,14 +82,14 @@ def evaluations(steps: int, loops: Loops) -> int:
     if 1 < size >= steps:
         return steps
     reach = lengths(slots)
-    fewest = lambda units, s: next(r for r, row in enumerate(reach) if row[s] >= units)
+    fewest = lambda units, s: int(np.sum(reach[:, s] < units))
 
     def advances(units, free):
         total = 0
         while units > 1:
             if not free:
                 return total + units * (units - 1) // 2
-            first = min(max(reach[fewest(units, free + 1) - 1][free + 1], 1), units - 1)
+            first = min(max(int(reach[fewest(units, free + 1) - 1][free + 1]), 1), units - 1)
             total += first + advances(units - first, free - 1)
             units = first
         return total
