@@ -17,7 +17,7 @@ FILES = sorted([*ENGINE.rglob("*.py"), *(ROOT / "funcgrad").rglob("*.py")])
 ORDER = ["errors", "_jax", "layouts", "arguments", "graph", "rules", "living", "interpreter", "selecting"]
 TRANSFORMS = {"gradient", "batching", "compilation"}
 ALSO = {
-    "graph": {"listing", "living"},
+    "graph": {"listing", "evaluation"},
     "listing": {"graph"},
     "gradient": {"residuals", "scopes", "loops"},
     "patterns": {"matching"},

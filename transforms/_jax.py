@@ -14,8 +14,9 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import jax
 from jax import Array, lax
-from jax._src import api_util, config, core, debugging, dtypes, source_info_util, traceback_util
+from jax._src import api_util, config, core, debugging, dtypes, pjit, source_info_util, traceback_util
 from jax._src import linear_util as lu
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
@@ -43,6 +44,10 @@ Trace = core.Trace
 NamedAxisEffect = core.NamedAxisEffect
 jaxpr_as_fun = core.jaxpr_as_fun
 forwarding_rules = pe.forwarding_rules
+constants_of = pe.try_constant_folding
+StagingTrace = pe.DynamicJaxprTrace
+StagedValue = pe.DynamicJaxprTracer
+LinearizeTrace = ad.LinearizeTrace
 convert_constvars_jaxpr = pe.convert_constvars_jaxpr
 api_boundary = traceback_util.api_boundary
 pvary_p = core.pvary_p
@@ -88,6 +93,11 @@ def line_now() -> str | None:
 def scope_of(eqn: Any) -> str:
     """The named scopes of `eqn` within its own graph, joined by slashes; '' at the top."""
     return str(eqn.source_info.name_stack)
+
+
+def current_trace() -> Trace:
+    """The trace that is bound to now."""
+    return core.trace_ctx.trace
 
 
 def current_source() -> Any:
@@ -265,6 +275,21 @@ def staged(value: Any) -> Any:
     """A literal of a graph as a value of the current trace."""
     with core.take_current_trace() as trace:
         return trace.stage_value(value)
+
+
+def bind_inlined(jaxpr: ClosedJaxpr, name: str, values: Sequence[Any]) -> list[Any]:
+    """Call a jaxpr as a jitted function that JAX inlines where it stages: its derivatives are computed once and kept."""
+    n, m, early = len(jaxpr.in_avals), len(jaxpr.out_avals), getattr(jax, "Inline", None)
+    places = dict(in_shardings=(UNSPECIFIED,) * n, out_shardings=(UNSPECIFIED,) * m)
+    layouts = dict(in_layouts=(None,) * n, out_layouts=(None,) * m)
+    options = dict(donated_invars=(False,) * n, keep_unused=False, inline=early.JAX_EARLY if early else True)
+    context = dict(ctx_mesh=get_abstract_mesh(), compiler_options_kvs=())
+    return pjit.jit_p.bind(*values, jaxpr=jaxpr, name=name, **places, **layouts, **options, **context)
+
+
+def has_linearization(primitive: Primitive) -> bool:
+    """Whether a primitive has a rule for `jax.linearize`, or no derivative; else JAX makes one of its JVP, at each equation."""
+    return primitive in ad.primitive_linearizations or primitive not in ad.primitive_jvps
 
 
 def bind(primitive: Primitive, params: dict, values: Sequence[Any]) -> list[Any]:

@@ -66,13 +66,10 @@ class Graph:
         Raises:
           ArgumentError: tree, shape or dtype of an argument differ from the traced ones. Also a TypeError.
         """
-        leaves = self.leaves(*args, **kwargs)
-        if _jax.varying(leaves):  # inside a shard_map, whose shards were not there when the graph was traced
-            from .living import FOREIGN, evaluate
+        from .evaluation import evaluated
 
-            outputs = evaluate(self.jaxpr, FOREIGN, leaves)
-        else:
-            outputs = _jax.jaxpr_as_fun(self.jaxpr)(*leaves)
+        leaves = self.leaves(*args, **kwargs)
+        outputs = evaluated(self.jaxpr, leaves)
         arrays = [
             x if isinstance(x, jax.Array) else _jax.cast(x, a) for x, a in zip(outputs, self.out_avals, strict=True)
         ]

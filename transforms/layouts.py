@@ -51,6 +51,11 @@ WITH_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 LOOPS = frozenset({"while", "loop"})
 
 
+def has_bodies(primitive: _jax.Primitive) -> bool:
+    """Whether equations of this primitive may have sub-graphs."""
+    return primitive.name in _BODIES
+
+
 def bodies(eqn: Any) -> list[Body]:
     """The sub-graphs of an equation, in a fixed order; empty for a plain operation."""
     found = []

@@ -266,7 +266,8 @@ class Living(Watch):
     def process_primitive(self, primitive, values, params, /):
         """A primitive is being bound."""
         rules = self.rules
-        if primitive not in rules.table and not rules.default and not touches(rules, Bound(primitive, params, None)):
+        is_plain = primitive not in rules.table and not rules.default
+        if is_plain and not (layouts.has_bodies(primitive) and touches(rules, Bound(primitive, params, None))):
             return primitive.bind_with_trace(self.parent, values, tuple(map(jax.typeof, values)), params)
         with _jax.set_current_trace(self.parent):
             outputs = apply(rules, Bound(primitive, params, _jax.current_source()), values)

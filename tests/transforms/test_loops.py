@@ -335,12 +335,28 @@ def test_cotangents_of_lanes_are_batched():
     assert_near(fg.hessian(scalar(f), loops=SMALL)(1.0), jax.hessian(scalar(by_hand))(1.0), 1e-3)
 
 
-def test_lanes_that_have_finished_read_what_belongs_to_the_lane_they_borrow_from():
+@pytest.mark.parametrize("residual_steps", [1, 2, 16])
+def test_lanes_that_have_finished_stay_with_their_own_constants(residual_steps):
+    """One lane's constant with another's state has no finite derivative, and an inner loop that does not end."""
+
+    def f(c, x):
+        halved = lambda v: lax.while_loop(lambda v: v > c, lambda v: c + (v - c) / 2 - 0.1, v)
+        return lax.while_loop(lambda x: x > c, lambda x: halved(x - jnp.sqrt(x - c)), x)
+
+    loops = fg.Loops(2, residual_steps)
+    c, x = jnp.array([5.0, 1.0, -3.0]), jnp.array([7.0, 30.0, 100.0])
+    want = jax.vmap(jax.jacfwd(f))(c, x)
+    assert jnp.all(jnp.isfinite(want))
+    assert_near(jax.vmap(fg.grad(f, loops=loops))(c, x), want, 1e-4)
+    assert_near(fg.grad(lambda c: jnp.sum(jax.vmap(f)(c, x)), loops=loops)(c), want, 1e-4)
+    assert_near(fg.jacrev(lambda c: jax.vmap(f)(c, x), loops=loops)(c), jnp.diag(want), 1e-4)
+
+
+def test_lanes_without_a_step_read_the_constants_of_another():
     f = lambda c, x: lax.while_loop(lambda x: x > c, lambda x: x - jnp.sqrt(x - c) - 0.1, x)
-    c, x = jnp.array([5.0, 1.0]), jnp.array([7.0, 30.0])
-    want = jnp.stack([fg.grad(f)(*row) for row in zip(c, x, strict=True)])
+    c, x = jnp.array([50.0, 1.0]), jnp.array([7.0, 30.0])
+    want = jnp.stack([jax.jacfwd(f)(*row) for row in zip(c, x, strict=True)])
     assert_near(jax.vmap(fg.grad(f))(c, x), want, 1e-5)
-    assert_near(want, jnp.stack([jax.jacfwd(f)(*row) for row in zip(c, x, strict=True)]), 1e-5)
 
 
 def test_no_lanes():
@@ -671,6 +687,20 @@ def test_greedy_decoding():
         return state[2]
 
     assert_near(fg.grad(said)(params, False), jax.grad(said)(params, True), 1e-3)
+
+
+def test_residuals_that_are_cheap_to_compute_from_others_are_not_kept():
+    """Of tanh(x @ w) a step keeps x and the tanh, not what the derivative of tanh makes of it."""
+    w, x = jnp.eye(64) / 2, jnp.ones((64, 64))
+
+    def temporaries(residual_steps):
+        f = lambda w, n: jnp.sum(
+            lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x))[1]
+        )
+        compiled = jax.jit(fg.grad(f, loops=fg.Loops(1, residual_steps))).lower(w, 3).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(32) - temporaries(16) <= 16 * 2.1 * x.nbytes
 
 
 def test_the_insides_of_a_differentiable_loop_are_seen_and_changed():

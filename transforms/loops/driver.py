@@ -6,7 +6,6 @@ does not, backward one that goes on from a checkpoint, one that keeps residuals,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ class Kept(NamedTuple):
       units: [c] the unit of each checkpoint, ascending. slots: [c] where each lies; the free ones stand behind.
       states: for each of x, [c, ...]. running: bool [residual_steps, *prefix], which lanes took a step.
       tape: for each residual, [residual_steps, ...], those of the first steps. Neither without residual_steps > 1.
+      active: for each of x, where each lane was before its last step; the first x without lanes.
     """
 
     steps: Any
@@ -39,6 +39,7 @@ class Kept(NamedTuple):
     states: list[Any]
     running: list[Any]
     tape: list[Any]
+    active: list[Any]
 
     @classmethod
     def avals(cls, sweep: Sweep) -> Kept:
@@ -48,14 +49,15 @@ class Kept(NamedTuple):
         count, many = made((), np.int32), made((c,), np.int32)
         states = [_stacked(a, c) for a in sweep.avals[1]]
         if s == 1:
-            return cls(count, count, many, many, states, [], [])
+            return cls(count, count, many, many, states, [], [], list(sweep.avals[1]))
         running = made((s, *sweep.prefix), bool)
-        return cls(count, count, many, many, states, [running], [_stacked(a, s) for a in sweep.residuals])
+        tape = [_stacked(a, s) for a in sweep.residuals]
+        return cls(count, count, many, many, states, [running], tape, list(sweep.avals[1]))
 
 
 def plain(sweep: Sweep, c: Sequence[Any], x: Sequence[Any]) -> list[Any]:
     """The last x."""
-    return _run(sweep, c, _count(sweep, 0), x, _goes(sweep, c, x), _LAST)[1]
+    return _run(sweep, c, _count(sweep, 0), x, _goes(sweep, c, x), [], _LAST)[1]
 
 
 def forward(sweep: Sweep, c: Sequence[Any], x0: Sequence[Any]) -> tuple[list[Any], Kept]:
@@ -64,23 +66,26 @@ def forward(sweep: Sweep, c: Sequence[Any], x0: Sequence[Any]) -> tuple[list[Any
     avals = Kept.avals(sweep)
     running, tape = _zeros(avals.running), _zeros(avals.tape)
     i, x, goes = _count(sweep, 0), list(x0), _goes(sweep, c, x0)
+    active = _borrowed(goes, x) if sweep.prefix else []
     if size > 1:
-        hoisted = call(sweep.hoist, c)
+        lent = _lent(sweep, c, goes)
+        hoisted = call(sweep.hoist, lent)
 
         def taped(t):
-            i, x, goes, running, tape = t
-            new, residuals = _leaf(sweep, c, hoisted, x, goes)
+            i, x, goes, active, running, tape = t
+            active = _where(goes, x, active) if active else []
+            new, residuals = _leaf(sweep, lent, hoisted, x, goes, active)
             running, tape = _put(running, [goes], i), _put(tape, residuals, i)
-            return i + 1, new, _goes(sweep, c, new), running, tape
+            return i + 1, new, _goes(sweep, c, new), active, running, tape
 
-        i, x, goes, running, tape = lax.while_loop(
-            lambda t: (t[0] < size) & jnp.any(t[2]), taped, (i, x, goes, running, tape)
+        i, x, goes, active, running, tape = lax.while_loop(
+            lambda t: (t[0] < size) & jnp.any(t[2]), taped, (i, x, goes, active, running, tape)
         )
     else:
-        i, x, goes = _run(sweep, c, i, x, goes, 1)
+        i, x, goes, active = _run(sweep, c, i, x, goes, active, 1)
 
     def segment(t):
-        i, x, goes, stored, units, slots, states = t
+        i, x, goes, active, stored, units, slots, states = t
         unit = i // size
         rank, most = merge(units, unit)
         is_full, ranks = stored == n_slots, jnp.arange(n_slots, dtype=jnp.int32)
@@ -90,20 +95,21 @@ def forward(sweep: Sweep, c: Sequence[Any], x0: Sequence[Any]) -> tuple[list[Any
         units, slots = jnp.where(here, unit, units[later]), jnp.where(here, slot, slots[later])
         states = _put(states, x, slot)
         end = (unit + jnp.where(is_full, jnp.maximum(most, 1), 1)) * size
-        i, x, goes = _run(sweep, c, i, x, goes, end)
-        return i, x, goes, jnp.minimum(stored + 1, n_slots), units, slots, states
+        i, x, goes, active = _run(sweep, c, i, x, goes, active, end)
+        return i, x, goes, active, jnp.minimum(stored + 1, n_slots), units, slots, states
 
     start = (
         i,
         x,
         goes,
+        active,
         _count(sweep, 0),
         _count(sweep, np.zeros(n_slots)),
         _count(sweep, np.arange(n_slots)),
         _zeros(avals.states),
     )
-    i, x, _, stored, units, slots, states = lax.while_loop(lambda t: jnp.any(t[2]), segment, start)
-    return x, Kept(i, stored, units, slots, states, running, tape)
+    i, x, _, active, stored, units, slots, states = lax.while_loop(lambda t: jnp.any(t[2]), segment, start)
+    return x, Kept(i, stored, units, slots, states, running, tape, active or list(x0))
 
 
 def backward(
@@ -111,12 +117,13 @@ def backward(
 ) -> tuple[list[Any], list[Any]]:
     """The first y, and the totals."""
     size, n_slots = sweep.loops.residual_steps, sweep.loops.checkpoints
-    hoisted = call(sweep.hoist, c)
+    lent = _lent(sweep, c, _goes(sweep, c, x0)) if sweep.prefix else c
+    hoisted = call(sweep.hoist, lent)
     totals = _zeros(sweep.avals[3])
 
     def pulled(residuals, goes, y, totals):
         given = _where(goes, y, [jnp.zeros_like(v) for v in y]) if sweep.prefix else y
-        found = call(sweep.pull, c, hoisted, residuals, given)
+        found = call(sweep.pull, lent, hoisted, residuals, given)
         new, increments = found[: len(y)], found[len(y) :]
         return _where(goes, new, y) if sweep.prefix else new, [a + b for a, b in zip(totals, increments, strict=True)]
 
@@ -130,7 +137,7 @@ def backward(
         def on(q):
             base, stored, units, states, x = q
             ahead = advance((left - base * size + size - 1) // size, n_slots - stored, n_slots)
-            _, x, _ = _run(sweep, c, _count(sweep, 0), x, None, ahead * size)
+            _, x, *_ = _run(sweep, c, _count(sweep, 0), x, None, [], ahead * size)
             has_room, at = stored < n_slots, jnp.minimum(stored, n_slots - 1)
             slot = kept.slots[at]
             old = _get(states, slot)
@@ -147,7 +154,7 @@ def backward(
             def taped(q):
                 k, x, running, tape = q
                 goes = _goes(sweep, c, x) if sweep.prefix else jnp.ones_like(k, bool)
-                x, residuals = _leaf(sweep, c, hoisted, x, goes)
+                x, residuals = _leaf(sweep, lent, hoisted, x, goes, kept.active)
                 return k + 1, x, _put(running, [goes], k), _put(tape, residuals, k)
 
             start = jnp.where(is_taped, count, 0), x, running, tape
@@ -160,7 +167,7 @@ def backward(
             _, y, totals = lax.while_loop(lambda q: q[0] > 0, back, (count, y, totals))
         else:
             goes = _goes(sweep, c, x) if sweep.prefix else None
-            _, residuals = _leaf(sweep, c, hoisted, x, goes)
+            _, residuals = _leaf(sweep, lent, hoisted, x, goes, kept.active)
             y, totals = pulled(residuals, goes, y, totals)
         is_done = (stored > 0) & (units[jnp.maximum(stored - 1, 0)] == base)
         return base * size, stored - is_done.astype(jnp.int32), units, states, running, tape, y, totals
@@ -170,39 +177,49 @@ def backward(
     return y, totals
 
 
-def _run(sweep: Sweep, c: Sequence[Any], i: Any, x: Sequence[Any], goes: Any, end: Any) -> tuple[Any, list[Any], Any]:
-    """Steps until `end`, and while the loop goes on; without `goes` it is known to."""
+def _run(
+    sweep: Sweep, c: Sequence[Any], i: Any, x: Sequence[Any], goes: Any, active: list[Any], end: Any
+) -> tuple[Any, list[Any], Any, list[Any]]:
+    """Steps until `end`, and while the loop goes on; without `goes` it is known to. `active` follows x, or is empty."""
     if goes is None and not sweep.prefix:
         body = lambda t: (t[0] + 1, call(sweep.step, c, t[1]))
         i, x = lax.while_loop(lambda t: t[0] < end, body, (i, list(x)))
-        return i, x, None
+        return i, x, None, active
 
     def step(t):
-        i, x, goes = t
+        i, x, goes, active = t
         new = call(sweep.step, c, x)
+        active = _where(goes, x, active) if active else []
         new = _where(goes, new, x) if sweep.prefix else new
-        return i + 1, new, _goes(sweep, c, new)
+        return i + 1, new, _goes(sweep, c, new), active
 
-    start = i, list(x), _goes(sweep, c, x) if goes is None else goes
+    start = i, list(x), _goes(sweep, c, x) if goes is None else goes, active
     return lax.while_loop(lambda t: (t[0] < end) & jnp.any(t[2]), step, start)
 
 
 def _leaf(
-    sweep: Sweep, c: Sequence[Any], hoisted: Sequence[Any], x: Sequence[Any], goes: Any
+    sweep: Sweep, lent: Sequence[Any], hoisted: Sequence[Any], x: Sequence[Any], goes: Any, active: Sequence[Any]
 ) -> tuple[list[Any], list[Any]]:
-    """A step with its residuals. Lanes that have finished compute them at the state of one that has not.
+    """A step with its residuals. Lanes that have finished compute them where they were before their last step.
 
-    At their own states derivatives may not be finite, and no zero cotangent makes them so.
+    Where they have stopped derivatives may not be finite, and no zero cotangent makes them so.
     """
-    given = x
-    if math.prod(sweep.prefix) > 0 and sweep.prefix:
-        lane = jnp.unravel_index(jnp.argmax(goes), sweep.prefix)
-        of_lane = lambda values: _where(goes, values, [jnp.broadcast_to(v[lane], v.shape) for v in values])
-        of_own = lambda values, own: merged(values, own, of_lane(chosen(values, own))) if own else values
-        given, c, hoisted = of_lane(x), of_own(c, sweep.own[0]), of_own(hoisted, sweep.own[1])
-    outputs = call(sweep.leaf, c, hoisted, given)
+    outputs = call(sweep.leaf, lent, hoisted, _where(goes, x, active) if sweep.prefix else x)
     new, residuals = outputs[: len(x)], outputs[len(x) :]
     return _where(goes, new, x) if sweep.prefix else new, residuals
+
+
+def _borrowed(goes: Any, values: Sequence[Any]) -> list[Any]:
+    """Values of each lane, those of the first that goes on in the place of those that do not."""
+    if not goes.size:
+        return list(values)
+    lane = jnp.unravel_index(jnp.argmax(goes), goes.shape)
+    return _where(goes, values, [jnp.broadcast_to(v[lane], v.shape) for v in values])
+
+
+def _lent(sweep: Sweep, c: Sequence[Any], goes: Any) -> list[Any]:
+    """The constants for derivatives: a lane without a step, which has no state of its own for them, is lent another's."""
+    return merged(c, sweep.own, _borrowed(goes, chosen(c, sweep.own))) if any(sweep.own) else list(c)
 
 
 def _goes(sweep: Sweep, c: Sequence[Any], x: Sequence[Any]) -> Any:

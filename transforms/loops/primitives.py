@@ -339,9 +339,10 @@ def _kept_tree(sweep: Sweep) -> Any:
 def _kept_axes(sweep: Sweep, wide: Sweep, x: Flag, residuals: Flag) -> Kept:
     """Where the lanes are in what a batched sweep keeps: behind the checkpoints, or steps."""
     second = lambda flags: [1 if f else None for f in flags]
+    running, tape = [wide.prefix != sweep.prefix], residuals
     if sweep.loops.residual_steps == 1:
-        return Kept(None, None, None, None, second(x), [], [])
-    return Kept(None, None, None, None, second(x), second([wide.prefix != sweep.prefix]), second(residuals))
+        running, tape = [], ()
+    return Kept(None, None, None, None, second(x), second(running), second(tape), _axes(x))
 
 
 def _kept_lanes(axis: Any, values: Sequence[Any], dims: Sequence[int | None], to: Sequence[int | None]) -> list[Any]:

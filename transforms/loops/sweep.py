@@ -48,7 +48,7 @@ class Sweep:
       step: (c, x) -> x.
       hoist: c -> hoisted values. leaf: (c, hoisted, x) -> (x, residuals). pull: (c, hoisted, residuals, y) -> (y, increments).
       sizes: how many values c, x, y and the totals are.
-      own: which c and which hoisted values each lane has of its own; empty where that is not known.
+      own: which c each lane has of its own; empty where that is not known.
     """
 
     cond: Any
@@ -58,7 +58,7 @@ class Sweep:
     pull: Any
     sizes: tuple[int, int, int, int]
     loops: Loops
-    own: tuple[Flag, Flag] = ((), ())
+    own: Flag = ()
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -232,11 +232,7 @@ class Sweep:
             )
             if y == (y := tuple(map(operator.or_, y, found[:n_y]))):
                 break
-        own: tuple[Flag, Flag] = ((), ())
-        if goes_apart and not self.prefix:
-            own = tuple(c), tuple(hoisted)
-        elif self.own[0]:
-            own = tuple(map(operator.and_, self.own[0], c)), tuple(map(operator.and_, self.own[1], hoisted))
+        own = tuple(c) if goes_apart and not self.prefix else tuple(map(operator.and_, self.own, c))
         return Sweep(cond, step, hoist, leaf, pull, self.sizes, self.loops, own), (c, x, y), kept, tuple(found[n_y:])
 
 
@@ -271,6 +267,11 @@ def _is_inexact(aval: Any) -> bool:
 # ------------------------------------------------------------------------------------------------ the parts of a step
 
 
+# Elementwise, of a few cycles each.
+_CHEAP = {"add", "sub", "mul", "neg", "max", "min", "integer_pow", "select_n", "convert_element_type"}
+_CHEAP |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"}
+
+
 def _parts(jaxpr: Any, step: Any, n_c: int, n_x: int) -> tuple[Any, Any, Any]:
     """Cut (c, x, y) -> (x, y, increments) into what needs c alone, what needs x too, and what needs y.
 
@@ -287,6 +288,10 @@ def _parts(jaxpr: Any, step: Any, n_c: int, n_x: int) -> tuple[Any, Any, Any]:
         eqns[at].append(eqn)
     is_from = lambda at: lambda v: not isinstance(v, _jax.Literal) and level[v] == at
     pull, needed = _live(eqns[2], inner.outvars[n_x:])
+    for eqn in reversed(eqns[1]):  # what is cheap to compute from other residuals is not kept
+        read = set(filter(is_from(1), eqn.invars))
+        if eqn.primitive.name in _CHEAP and eqn.outvars[0] in needed and read <= {*needed}:
+            pull, needed = _live([eqn, *pull], inner.outvars[n_x:])
     residuals = list(filter(is_from(1), needed))
     is_apart = not any(map(is_from(2), inner.outvars[:n_x]))
     made = [*(inner.outvars[:n_x] if is_apart else ()), *residuals]
