@@ -19,11 +19,17 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
-from jax.extend.core import jaxpr_as_fun
 
 import funcgrad as fg
 
-from .checks import assert_same_graph, assert_same_program, assert_same_values, identity_live, identity_rewrite
+from .checks import (
+    assert_close_values,
+    assert_same_graph,
+    assert_same_program,
+    assert_same_values,
+    identity_live,
+    identity_rewrite,
+)
 
 pytestmark = pytest.mark.standard_promotion
 X = jnp.linspace(-1, 1, 24).reshape(4, 6)
@@ -384,8 +390,7 @@ def test_an_unrolled_optimizer_is_differentiated(name):
         return loss(w)
 
     w = jnp.ones(3)
-    assert_same_values(jax.jit(fg.grad(lambda w: unrolled(fg, w)))(w), jax.jit(jax.grad(lambda w: unrolled(jax, w)))(w))
-    traced = jaxpr_as_fun(jax.make_jaxpr(lambda w: unrolled(jax, w))(w))  # sums in another order than the function may
-    assert_same_values(
-        jax.jit(fg.grad(fg.trace(lambda w: unrolled(fg, w), w)))(w), jax.jit(jax.grad(lambda w: traced(w)[0]))(w)
-    )
+    want = jax.jit(jax.grad(lambda w: unrolled(jax, w)))(w)
+    assert_same_values(jax.jit(fg.grad(lambda w: unrolled(fg, w)))(w), want)
+    # A Graph may add up the same cotangents in another order.
+    assert_close_values(jax.jit(fg.grad(fg.trace(lambda w: unrolled(fg, w), w)))(w), want)

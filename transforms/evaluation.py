@@ -47,7 +47,7 @@ def _is_staged(trace: Any) -> bool:
 
 
 def _is_of(value: Any, var: Any) -> bool:
-    return jax.typeof(value) == var.aval
+    return isinstance(value, jax.Array) and jax.typeof(value) == var.aval
 
 
 def _copied(trace: Any, jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[Any]:

@@ -35,6 +35,7 @@ def tap(f: Callable | None = None, *, where: Where) -> Any:
     Raises:
       ArgumentError: `where` is neither, or `f`. Also a TypeError.
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> def model(x):
     ...     with jax.named_scope("layer"):
