@@ -289,8 +289,8 @@ def _parts(jaxpr: Any, step: Any, n_c: int, n_x: int) -> tuple[Any, Any, Any]:
     is_from = lambda at: lambda v: not isinstance(v, _jax.Literal) and level[v] == at
     pull, needed = _live(eqns[2], inner.outvars[n_x:])
     for eqn in reversed(eqns[1]):  # what is cheap to compute from other residuals is not kept
-        read = set(filter(is_from(1), eqn.invars))
-        if eqn.primitive.name in _CHEAP and eqn.outvars[0] in needed and read <= {*needed}:
+        sources = set(filter(is_from(1), eqn.invars))
+        if eqn.primitive.name in _CHEAP and eqn.outvars[0] in needed and sources <= {*needed}:
             pull, needed = _live([eqn, *pull], inner.outvars[n_x:])
     residuals = list(filter(is_from(1), needed))
     is_apart = not any(map(is_from(2), inner.outvars[:n_x]))
