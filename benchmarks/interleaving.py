@@ -50,16 +50,17 @@ def interleaved(
     calls: int = 1,
     before: Callable[[], Any] = lambda: None,
     within_s: float = math.inf,
+    least: int = 3,
 ) -> Took:
     """Time each way in each round, in one order and then in the other.
 
     Args:
       calls: how often a way is called in its turn.
       before: called before each turn, untimed.
-      within_s: after 3 rounds, no other is begun once so long has passed.
+      within_s: after `least` rounds, no other is begun once so long has passed.
     """
     started_s, took = time.perf_counter(), []
-    while len(took) < rounds and (len(took) < 3 or time.perf_counter() - started_s < within_s):
+    while len(took) < rounds and (len(took) < least or time.perf_counter() - started_s < within_s):
         turns = {}
         for k in range(len(ways))[:: 1 if len(took) % 2 else -1]:
             way = ways[k]
@@ -75,7 +76,7 @@ def interleaved(
 def calls_within(seconds: float, way: Callable[[], Any]) -> int:
     """How many calls take about so long, at least 1."""
     way()  # compiles
-    once_s = interleaved(way, rounds=3).wall_s.min()
+    once_s = interleaved(way, rounds=3, within_s=seconds, least=1).wall_s.min()
     return max(1, int(seconds / once_s))
 
 
