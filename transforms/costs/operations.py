@@ -69,9 +69,8 @@ def work(eqn: Any) -> Work | None:
 
 def is_view(eqn: Any) -> bool:
     """Whether the results of an equation are its operands, of another shape or name."""
-    if eqn.primitive.name == "convert_element_type":  # of a number, or from a weak type to its own
-        (v,), (out,) = eqn.invars, eqn.outvars
-        return isinstance(v, _jax.Literal) or v.aval.dtype == out.aval.dtype
+    if eqn.primitive.name == "convert_element_type":  # from a weak type to its own
+        return eqn.invars[0].aval.dtype == eqn.outvars[0].aval.dtype
     return eqn.primitive.name in _VIEWS
 
 

@@ -20,6 +20,7 @@ from ..loops.schedule import evaluations
 from ..selecting import Path, joined
 from .operations import Work, is_view, nbytes, work
 
+CONSTANT, NUMBER = "constant", "number"  # what is closed over, and literals
 SWEEPS = frozenset({"forward", "sweep", "tangent"})  # of `loops.primitives`
 Trips = Callable[[Any, Path], float | None]
 Weights = Callable[[Any, Path, int], Sequence[float] | None]
@@ -32,7 +33,7 @@ class Value:
     Attributes:
       aval, bytes: its type and size.
       maker, path: the equation that made it, and where that lies.
-      argument: the path of an argument, or "constant".
+      argument: the path of an argument, CONSTANT or NUMBER.
       whole: the value outside of a loop that it is at first, or is a slice of.
     """
 
@@ -103,19 +104,19 @@ class Unfolding:
     def program(self, jaxpr: _jax.ClosedJaxpr, paths: Sequence[str]) -> tuple[list[Value], list[Step], list[Value]]:
         """The arguments and constants of a graph, its steps, and its outputs."""
         inner = jaxpr.jaxpr
-        inputs = [Value(v.aval, nbytes(v.aval), argument="constant") for v in inner.constvars]
+        inputs = list(map(_constant, inner.constvars))
         inputs += [Value(v.aval, nbytes(v.aval), argument=p) for v, p in zip(inner.invars, paths, strict=True)]
         return inputs, *self.unfolded(inner, inputs, (), 1)
 
     def unfolded(self, jaxpr: Any, inputs: Sequence[Value], path: Path, times: float) -> tuple[list[Step], list[Value]]:
         """The steps and outputs of a jaxpr whose constants and inputs are `inputs`."""
         known = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
-        value = lambda v: known[v] if isinstance(v, _jax.Var) else _constant(v)
+        value = lambda v: known[v] if isinstance(v, _jax.Var) else Value(v.aval, nbytes(v.aval), argument=NUMBER)
         steps: list[Step] = []
         for eqn in jaxpr.eqns:
             path_of = joined(path, _jax.scopes(_jax.name_stack(eqn)))
             reads = list(map(value, eqn.invars))
-            if is_view(eqn):
+            if is_view(eqn) or (eqn.primitive.name == "convert_element_type" and reads[0].argument == NUMBER):
                 makes = reads
             elif eqn.primitive.name in _CALLS:
                 body = layouts.bodies(eqn)[0].jaxpr.jaxpr
@@ -246,7 +247,7 @@ _CALLS |= layouts.WITH_DERIVATIVES
 
 
 def _constant(v: Any) -> Value:
-    return Value(v.aval, nbytes(v.aval), argument="constant")
+    return Value(v.aval, nbytes(v.aval), argument=CONSTANT)
 
 
 def _sliced(scan: Any) -> int:
