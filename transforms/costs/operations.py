@@ -382,23 +382,26 @@ def _pallas(eqn: Any) -> Work | None:
 
 
 _DECLARED = {"pallas_call": _pallas}
-_READS_WHAT_IT_RETURNS = {"slice", "dynamic_slice", "gather", "get"}
-_WRITES_WHAT_IT_IS_GIVEN = {"dynamic_update_slice": 1, "swap": 1, "addupdate": 1}  # -> the operand that is the update
+_READERS = frozenset({"slice", "dynamic_slice", "gather", "get"})  # of as much of their first operand as they return
+_WRITERS = {
+    "dynamic_update_slice": 1,
+    "swap": 1,
+    "addupdate": 1,
+}  # of as much of it as the update, which is this operand
 
 
 def _traffic(eqn: Any) -> tuple[float, float]:
-    """Bytes read and written."""
+    """Bytes read and written; numbers are in the code."""
     name = eqn.primitive.name
+    read = sum(nbytes(v.aval) for v in dict.fromkeys(v for v in eqn.invars if isinstance(v, _jax.Var)))
     written = sum(nbytes(v.aval) for v in eqn.outvars if not _jax.dropped(v))
     if name == "empty2":
         return 0, 0
-    if name in _READS_WHAT_IT_RETURNS:
-        return written + sum(nbytes(v.aval) for v in eqn.invars[1:]), written
-    update = 2 if name.startswith("scatter") else _WRITES_WHAT_IT_IS_GIVEN.get(name)
-    if update is not None:
-        changed = nbytes(eqn.invars[update].aval)
-        is_combined = name not in ("dynamic_update_slice", "scatter")
-        return changed * (1 + is_combined) + sum(
-            nbytes(v.aval) for v in eqn.invars[1:] if v is not eqn.invars[update]
-        ), changed
-    return sum(nbytes(v.aval) for v in dict.fromkeys(v for v in eqn.invars if not isinstance(v, _jax.Literal))), written
+    if name in _READERS:
+        return read - nbytes(eqn.invars[0].aval) + written, written
+    update = 2 if name.startswith("scatter") else _WRITERS.get(name)
+    if update is None:
+        return read, written
+    changed = nbytes(eqn.invars[update].aval)
+    is_combined = name not in ("dynamic_update_slice", "scatter")
+    return read - nbytes(eqn.invars[0].aval) + changed * is_combined, changed

@@ -178,10 +178,17 @@ class Unfolding:
         for body, given in zip(bodies, layouts.fed(step.eqn, step.reads), strict=True):
             self._enter(step, body, given, 1)
         each = [total(body.steps) for body in step.bodies]
-        weights = self.weights(step.eqn, step.path, len(bodies))
+        platforms = step.eqn.params.get(
+            "branches_platforms"
+        )  # then there is one branch, which JAX chooses when it compiles
+        if platforms:
+            here = [p is None or jax.default_backend() in p for p in platforms]
+            weights = [int(k == here.index(True)) for k in range(len(here))]
+        else:
+            weights = self.weights(step.eqn, step.path, len(bodies))
         if weights is None:
             most = max(range(len(each)), key=lambda k: (each[k].flops, each[k].transcendentals, each[k].bytes))
-            weights = [float(k == most) for k in range(len(each))]
+            weights = [int(k == most) for k in range(len(each))]
         for body, weight in zip(step.bodies, weights, strict=True):
             _scale(body.steps, step.times * weight)
         self.branches.append(Branches(_jax.line_of(step.eqn), step.path, tuple(each), tuple(weights)))

@@ -277,18 +277,18 @@ def _amount(n: float, unit: str, unknown: Any) -> str:
 
 
 def _sum(rows: Sequence[Row]) -> Work:
-    works = [row.work for row in rows]
-    total = lambda name: math.fsum(getattr(w, name) for w in works)
-    return Work(*(total(f.name) for f in dataclasses.fields(Work)))
+    return sum((row.work for row in rows), Work())
 
 
 def _called(eqn: Any) -> str:
     """The name of the primitive, with that of the kernel or foreign function that it calls."""
     p, name = eqn.params, eqn.primitive.name
-    inner = p.get("target_name") or p.get("name") or getattr(p.get("name_and_src_info"), "name", None)
-    if "_prim" in p:
+    inner = p.get("target_name")
+    if name == "pallas_call":
+        inner = p["name"] or p["jaxpr"].debug_info.func_name
+    elif name == "call_hi_primitive":
         inner = type(p["_prim"]).__name__
-    return f"{name}({inner})" if isinstance(inner, str) and inner else name
+    return f"{name}({inner})" if inner else name
 
 
 # ------------------------------------------------------------------------------------------------ cost
@@ -324,7 +324,7 @@ def cost(
     >>> import jax.numpy as jnp
     >>> c = cost(lambda w, x: jnp.tanh(x @ w), jnp.ones((3, 4)), jnp.ones((2, 3)))
     >>> c.flops, c.transcendentals, c.parameters
-    (48.0, 8.0, 12)
+    (48, 8, 12)
     """
     graph = f if isinstance(f, Graph) else trace(f, *args, **kwargs)
     graph = dataclasses.replace(graph, jaxpr=_alive(graph.jaxpr))
