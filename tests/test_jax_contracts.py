@@ -110,7 +110,8 @@ def test_binding_an_equation_with_functions(name):
 
 def test_dead_code_is_left_out_at_any_depth():
     def f(x):
-        (a, _), ys = lax.scan(lambda c, y: ((c[0] * y, jnp.sin(c[1])), jnp.cos(y)), (1.0, 1.0), x)
+        one = jnp.ones((), x.dtype)
+        (a, _), _ = lax.scan(lambda c, y: ((c[0] * y, jnp.sin(c[1])), jnp.cos(y)), (one, one), x)
         return a, jax.jit(lambda z: (jnp.tan(z), z + 1))(x)[1]
 
     jaxpr = jax.make_jaxpr(f)(X).jaxpr

@@ -201,6 +201,10 @@ def test_a_loop_of_unknown_length_counts_as_one_trip_and_says_so():
         assert known.flops == 7 * step + 8
         assert not known.endless
     assert fg.cost(loop, X, 7, trips=0).flops == 1
+    with pytest.raises(ValueError, match=r"trips= names 'sover', where there is none[\s\S]*there are solver/while"):
+        fg.cost(loop, X, 7, trips={"sover": 7})
+    with pytest.raises(ValueError, match="trips= takes a number, a mapping or"):
+        fg.cost(loop, X, 7, trips="measure")
 
 
 def test_trips_are_measured_wherever_a_loop_stands():
@@ -219,7 +223,7 @@ def test_trips_are_measured_wherever_a_loop_stands():
 
 @pytest.mark.parametrize("n", [3, 40])
 def test_a_loop_that_is_reversed(n):
-    """Every step forward; beyond the residuals that are kept, every step again as `schedule.evaluations` says; its pull-back once."""
+    """Every step as often as `schedule.evaluations` says, forward and again, and its pull-back once."""
     loops = fg.Loops(checkpoints=4, residual_steps=8)
     f = lambda x: jnp.sum(lax.while_loop(lambda s: s[0] < n, lambda s: (s[0] + 1, jnp.sin(s[1] @ W)), (0, x))[1])
     graph = fg.grad(fg.trace(f, X), loops=loops)

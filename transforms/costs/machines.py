@@ -59,7 +59,8 @@ def machine(dtype: Any = "float32", device: jax.Device | None = None) -> Machine
     >>> here.flops_per_s > 1e8 and here.bytes_per_s > 1e8
     True
     """
-    return _measured(jnp.dtype(dtype), device or jnp.zeros(()).device, jax.config.jax_default_matmul_precision)
+    config: Any = jax.config
+    return _measured(jnp.dtype(dtype), device or jnp.zeros(()).device, config.jax_default_matmul_precision)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ last read.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -133,37 +134,48 @@ class Unfolding:
         name = eqn.primitive.name
         step = Step(eqn, path, times, reads, makes)
         bodies = [body.jaxpr for body in layouts.bodies(eqn)]
+        # What each input of a body is, and what it is at first or is a part of.
+        given, wholes = (layouts.fed(eqn, reads), layouts.operands(eqn, reads)) if bodies else ([], [])
         if name in SWEEPS:
             self._sweep(step)
         elif name == "scan":
-            self._enter(step, bodies[0], layouts.fed(eqn, reads)[0], times * eqn.params["length"])
+            self._enter(step, bodies[0], times * eqn.params["length"], given[0], wholes[0])
         elif name in layouts.LOOPS:
             trips = self._trips(step)
-            for body, given, n in zip(bodies, layouts.fed(eqn, reads), (trips + 1, trips), strict=True):
-                self._enter(step, body, given, times * (1 if math.isnan(trips) else n))
+            for body, n, inputs, parts in zip(bodies, (trips + 1, trips), given, wholes, strict=True):
+                self._enter(step, body, times * (1 if math.isnan(trips) else n), inputs, parts)
         elif name == "cond":
-            self._cond(step, bodies)
+            for body, inputs, parts in zip(bodies, given, wholes, strict=True):
+                self._enter(step, body, 1, inputs, parts)
+            self._weigh(step)
         elif name == "custom_linear_solve":
-            solve = eqn.params["jaxprs"].solve
-            self._enter(step, solve, [None] * len(solve.jaxpr.invars), times)
+            self._enter(step, eqn.params["jaxprs"].solve, times)
         elif name == "shard_map":
             sizes = eqn.params["mesh"].shape
             shards = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
-            self._enter(step, bodies[0], [None] * len(reads), times * shards, shards)
+            self._enter(step, bodies[0], times * shards, given[0], wholes[0], shards)
         else:
             step.work = work(eqn)
         return step
 
-    def _enter(self, step: Step, jaxpr: Any, given: Sequence[Value | None], times: float, copies: int = 1) -> None:
-        """Add a sub-graph to a step; `given` are the step's own values among the inputs."""
-        inner, is_scan = jaxpr.jaxpr, step.eqn.primitive.name == "scan"
-        new = [Value(v.aval, nbytes(v.aval), step.eqn, step.path) for v in inner.invars]
-        for value, outer in zip(new, step.reads if is_scan else (), strict=False):
-            value.whole = outer.whole or outer
-        inputs = [outer or value for outer, value in zip(given, new, strict=True)]
-        slices = new[len(inputs) - _sliced(step.eqn) :] if is_scan else []
+    def _enter(
+        self,
+        step: Step,
+        jaxpr: Any,
+        times: float,
+        given: Sequence[Value | None] = (),
+        wholes: Sequence[Value | None] = (),
+        copies: int = 1,
+    ) -> None:
+        """Add a sub-graph to a step; `given` are values of the step among its inputs, `wholes` what these are parts of."""
+        inner, name = jaxpr.jaxpr, step.eqn.primitive.name
+        inputs = []
+        for v, outer, whole in itertools.zip_longest(inner.invars, given, wholes):
+            part = Value(v.aval, nbytes(v.aval), step.eqn, step.path, whole=whole and (whole.whole or whole))
+            inputs.append(outer or part)
+        slices = inputs[len(inputs) - _sliced(step.eqn) :] if name == "scan" else []
         steps, outputs = self.unfolded(inner, [*map(_constant, inner.constvars), *inputs], step.path, times)
-        shared = () if is_scan or step.eqn.primitive.name in layouts.LOOPS else outputs
+        shared = () if name == "scan" or name in layouts.LOOPS else outputs
         step.bodies.append(Body(steps, outputs, slices, frozenset(shared), copies))
 
     def _trips(self, step: Step) -> float:
@@ -174,21 +186,17 @@ class Unfolding:
             self.endless.append((step.eqn, step.path))
         return math.nan if trips is None else trips
 
-    def _cond(self, step: Step, bodies: Sequence[Any]) -> None:
-        for body, given in zip(bodies, layouts.fed(step.eqn, step.reads), strict=True):
-            self._enter(step, body, given, 1)
+    def _weigh(self, step: Step) -> None:
+        """How much each branch of a `cond` counts."""
         each = [total(body.steps) for body in step.bodies]
-        platforms = step.eqn.params.get(
-            "branches_platforms"
-        )  # then there is one branch, which JAX chooses when it compiles
-        if platforms:
-            here = [p is None or jax.default_backend() in p for p in platforms]
-            weights = [int(k == here.index(True)) for k in range(len(here))]
+        platforms = step.eqn.params.get("branches_platforms")
+        if platforms:  # JAX takes the first that fits where it compiles
+            chosen = next(k for k, p in enumerate(platforms) if p is None or jax.default_backend() in p)
+            weights: Sequence[float] = [int(k == chosen) for k in range(len(each))]
         else:
-            weights = self.weights(step.eqn, step.path, len(bodies))
-        if weights is None:
             most = max(range(len(each)), key=lambda k: (each[k].flops, each[k].transcendentals, each[k].bytes))
-            weights = [int(k == most) for k in range(len(each))]
+            told = self.weights(step.eqn, step.path, len(each))
+            weights = [int(k == most) for k in range(len(each))] if told is None else told
         for body, weight in zip(step.bodies, weights, strict=True):
             _scale(body.steps, step.times * weight)
         self.branches.append(Branches(_jax.line_of(step.eqn), step.path, tuple(each), tuple(weights)))
@@ -202,24 +210,22 @@ class Unfolding:
         sweep = p["sweep"].jvp(p["flags"]) if name == "tangent" else p["sweep"]
         is_forward, is_back = not p.get("is_kept", False), name != "forward" and sweep.sizes[2] > 0
         n, size = self._trips(step), sweep.loops.residual_steps
+        taped, again = 0.0, 1.0  # steps with residuals in the first run, and steps computed again
         if math.isnan(n):
-            n, taped, again = 1.0, 0.0, 1.0
+            n = 1.0
         else:
-            taped = (
-                min(n, size) if size > 1 and (is_back or name == "forward") else 0.0
-            )  # with residuals, in the first run
+            taped = min(n, size) if size > 1 and (is_back or name == "forward") else 0.0
             again = max(evaluations(math.ceil(n), sweep.loops) - n, 0.0)
-        leaf, back = again and n, float(is_back)
+        leaves_again = n if again else 0.0
         counts = {
             "hoist": 1.0,
             "cond": n * is_forward,
-            "step": (n - taped) * is_forward + (again - leaf) * back,
-            "leaf": taped * is_forward + leaf * back,
-            "pull": n * back,
+            "step": (n - taped) * is_forward + (again - leaves_again) * is_back,
+            "leaf": taped * is_forward + leaves_again * is_back,
+            "pull": n * is_back,
         }
         for part, count in counts.items():
-            jaxpr = getattr(sweep, part)
-            self._enter(step, jaxpr, [None] * len(jaxpr.jaxpr.invars), step.times * count)
+            self._enter(step, getattr(sweep, part), step.times * count)
         if is_back and is_forward:
             step.kept_bytes = sum(map(nbytes, jax.tree.leaves(Kept.avals(sweep))))
 

@@ -328,6 +328,8 @@ def cost(
     """
     graph = f if isinstance(f, Graph) else trace(f, *args, **kwargs)
     graph = dataclasses.replace(graph, jaxpr=_alive(graph.jaxpr))
+    if isinstance(trips, str) and trips != "measured":
+        raise OptionError(f'trips= takes a number, a mapping or "measured", and got {trips!r}.')
     length = measured(graph, args, kwargs) if trips == "measured" else Told("trips", trips)
     chances = Told("probabilities", probabilities)
 
