@@ -320,6 +320,8 @@ def test_what_is_unknown_is_named_and_never_zero():
     assert cost.unknown == {"pure_callback": 1}
     assert "unknown, on top: pure_callback ×1" in str(cost)
     assert str(cost).startswith("<lambda>: ≥ ")
+    elsewhere = fg.cost(lambda x: lax.platform_dependent(x, tpu=f, default=jnp.sin), X)
+    assert (elsewhere.unknown, elsewhere.transcendentals) == ({}, X.size)
 
 
 def test_a_pallas_kernel_costs_what_it_declares():

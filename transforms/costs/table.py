@@ -51,6 +51,11 @@ class Row:
         return self.once.times(self.times) if self.once else Work()
 
     @property
+    def is_unknown(self) -> bool:
+        """Whether it runs, and nobody knows what it costs."""
+        return self.once is None and self.times > 0
+
+    @property
     def scope(self) -> str:
         """Its scopes with slashes between them."""
         return "/".join(self.path)
@@ -138,16 +143,16 @@ class Cost:
     @property
     def unknown(self) -> dict[str, int]:
         """Operations of unknown work by name, and how many equations there are of each."""
-        return dict(Counter(_called(row.eqn) for row in self.rows if row.once is None))
+        return dict(Counter(_called(row.eqn) for row in self.rows if row.is_unknown))
 
     @property
     def forward(self) -> Cost:
-        """The rows that do not belong to a backward pass."""
+        """The rows that do not belong to a backward pass; the timeline stays that of the whole program."""
         return dataclasses.replace(self, rows=tuple(row for row in self.rows if not row.is_backward))
 
     @property
     def backward(self) -> Cost:
-        """The rows that belong to a backward pass."""
+        """The rows that belong to a backward pass; the timeline stays that of the whole program."""
         return dataclasses.replace(self, rows=tuple(row for row in self.rows if row.is_backward))
 
     def by(self, what: By = "scope", depth: int | None = None) -> list[Group]:
@@ -175,7 +180,7 @@ class Cost:
         found = []
         for name, rows in groups.items():
             work = _sum(rows)
-            unknown = tuple(dict.fromkeys(_called(row.eqn) for row in rows if row.once is None))
+            unknown = tuple(dict.fromkeys(_called(row.eqn) for row in rows if row.is_unknown))
             found.append(Group(name, work, sum(row.parameters for row in rows), measure(work) / whole, unknown))
         return sorted(found, key=lambda g: (-g.share, -g.work.bytes))
 

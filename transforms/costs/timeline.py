@@ -17,7 +17,7 @@ from .words import bytes_in_words, rows_in_columns
 
 
 class Moment(NamedTuple):
-    """While an equation runs: the bytes that are alive, and the scope and primitive of the equation."""
+    """While an equation runs: the bytes that are alive, and its scope, primitive and source line."""
 
     live_bytes: int
     scope: str
@@ -92,7 +92,7 @@ def simulated(inputs: Sequence[Value], steps: Sequence[Step], outputs: Sequence[
     at = max(range(len(moments)), key=lambda k: moments[k][0])
     live_bytes, step, chain = moments[at]
     owners = [_owner(v, run.copies) for run, k in chain for v in run.alive(k) if v.bytes]
-    owners += [_inside(run.steps[k]) for run, k in chain[:-1] + chain[-1:] if run.steps and run.steps[k].kept_bytes]
+    owners += [_inside(run.steps[k]) for run, k in chain if run.steps and run.steps[k].kept_bytes]
     owners.sort(key=lambda o: -o.bytes)
     peak = Moment(
         live_bytes,
