@@ -72,7 +72,7 @@ HOLDERS = {
     ),
     "shard_map": (
         lambda x: jax.shard_map(psum, mesh=MESH, in_specs=P("i"), out_specs=P())(x),
-        {"jaxpr", "mesh", "in_specs", "out_specs"},
+        {"jaxpr", "mesh", "in_specs", "out_specs", "newly_manual_axes"},
         ["jaxpr"],
     ),
 }
@@ -106,6 +106,19 @@ def test_binding_an_equation_with_functions(name):
     f, _, _ = HOLDERS[name]
     eqn = next(e for e in jax.make_jaxpr(f)(X).jaxpr.eqns if e.primitive.name == name)
     np.testing.assert_array_equal(_jax.bind(eqn.primitive, eqn.params, [X])[0], f(X))
+
+
+def test_dead_code_is_left_out_at_any_depth():
+    def f(x):
+        one = jnp.ones((), x.dtype)
+        (a, _), _ = lax.scan(lambda c, y: ((c[0] * y, jnp.sin(c[1])), jnp.cos(y)), (one, one), x)
+        return a, jax.jit(lambda z: (jnp.tan(z), z + 1))(x)[1]
+
+    jaxpr = jax.make_jaxpr(f)(X).jaxpr
+    alive, used = _jax.dce_jaxpr(jaxpr, [True] * 2, instantiate=True)
+    assert used == [True]
+    inner = [[e.primitive.name for e in body.jaxpr.jaxpr.eqns] for eqn in alive.eqns for body in layouts.bodies(eqn)]
+    assert inner == [["mul"], ["add"]]
 
 
 def test_staging_gives_a_closed_jaxpr_with_constants():

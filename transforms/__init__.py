@@ -6,6 +6,7 @@ _jax.hide(__path__[0])
 
 from .batching import vmap
 from .compilation import jit
+from .costs import Cost, Machine, Timeline, cost, machine
 from .errors import (
     ArgumentError,
     DataError,
@@ -43,6 +44,7 @@ from .selecting import Site, op
 
 __all__ = [
     "ArgumentError",
+    "Cost",
     "DataError",
     "DuplicateRule",
     "FuncgradError",
@@ -50,6 +52,7 @@ __all__ = [
     "GraphError",
     "Halves",
     "Loops",
+    "Machine",
     "MissingExtra",
     "NotFiniteError",
     "NotScalarError",
@@ -59,6 +62,8 @@ __all__ = [
     "RetraceError",
     "Rules",
     "Site",
+    "Timeline",
+    "cost",
     "differentiable",
     "grad",
     "halves",
@@ -71,6 +76,7 @@ __all__ = [
     "jvp",
     "linearize",
     "live",
+    "machine",
     "op",
     "patch",
     "replace",

@@ -45,6 +45,7 @@ NamedAxisEffect = core.NamedAxisEffect
 jaxpr_as_fun = core.jaxpr_as_fun
 forwarding_rules = pe.forwarding_rules
 constants_of = pe.try_constant_folding
+dce_jaxpr = pe.dce_jaxpr
 StagingTrace = pe.DynamicJaxprTrace
 StagedValue = pe.DynamicJaxprTracer
 LinearizeTrace = ad.LinearizeTrace
