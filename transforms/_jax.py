@@ -45,6 +45,9 @@ NamedAxisEffect = core.NamedAxisEffect
 jaxpr_as_fun = core.jaxpr_as_fun
 forwarding_rules = pe.forwarding_rules
 constants_of = pe.try_constant_folding
+current_context = (
+    core.current_jaxpr_eqn_context
+)  # what JAX notes of the configuration at an equation, as an interned value
 dce_jaxpr = pe.dce_jaxpr
 StagingTrace = pe.DynamicJaxprTrace
 StagedValue = pe.DynamicJaxprTracer
@@ -58,7 +61,7 @@ signature_of = api_util.fun_signature
 last_used = core.last_used
 batch_while = batching.fancy_primitive_batchers[lax.while_p]
 type_of = core.shaped_abstractify  # of an argument, as `jax.jit` sees it
-no_names = core.DebugInfo("funcgrad", "sweep", None, None)
+no_names = core.DebugInfo("funcgrad", "part", None, None)
 short_dtype = dtypes.short_dtype_name
 trace_context = config.trace_context  # the configuration that a trace depends on, as a hashable value
 
@@ -94,11 +97,6 @@ def line_now() -> str | None:
 def scope_of(eqn: Any) -> str:
     """The named scopes of `eqn` within its own graph, joined by slashes; '' at the top."""
     return str(eqn.source_info.name_stack)
-
-
-def current_trace() -> Trace:
-    """The trace that is bound to now."""
-    return core.trace_ctx.trace
 
 
 def current_source() -> Any:
@@ -281,16 +279,15 @@ def staged(value: Any) -> Any:
 def bind_inlined(jaxpr: ClosedJaxpr, name: str, values: Sequence[Any]) -> list[Any]:
     """Call a jaxpr as a jitted function that JAX inlines where it stages: its derivatives are computed once and kept."""
     n, m, early = len(jaxpr.in_avals), len(jaxpr.out_avals), getattr(jax, "Inline", None)
-    places = dict(in_shardings=(UNSPECIFIED,) * n, out_shardings=(UNSPECIFIED,) * m)
-    layouts = dict(in_layouts=(None,) * n, out_layouts=(None,) * m)
-    options = dict(donated_invars=(False,) * n, keep_unused=False, inline=early.JAX_EARLY if early else True)
-    context = dict(ctx_mesh=get_abstract_mesh(), compiler_options_kvs=())
-    return pjit.jit_p.bind(*values, jaxpr=jaxpr, name=name, **places, **layouts, **options, **context)
+    places = dict(in_shardings=(UNSPECIFIED,) * n, out_shardings=(UNSPECIFIED,) * m, donated_invars=(False,) * n)
+    places.update(in_layouts=(None,) * n, out_layouts=(None,) * m, ctx_mesh=get_abstract_mesh())
+    options = dict(keep_unused=False, inline=early.JAX_EARLY if early else True, compiler_options_kvs=())
+    return pjit.jit_p.bind(*values, jaxpr=jaxpr, name=name, **places, **options)
 
 
-def has_linearization(primitive: Primitive) -> bool:
-    """Whether a primitive has a rule for `jax.linearize`, or no derivative; else JAX makes one of its JVP, at each equation."""
-    return primitive in ad.primitive_linearizations or primitive not in ad.primitive_jvps
+def is_linearized_by_jvp(primitive: Primitive) -> bool:
+    """Whether JAX linearizes each equation of a primitive by tracing its JVP."""
+    return primitive in ad.primitive_jvps and primitive not in ad.primitive_linearizations
 
 
 def bind(primitive: Primitive, params: dict, values: Sequence[Any]) -> list[Any]:
@@ -316,11 +313,6 @@ def transformed(f: Any, transform: Callable[[Callable], Callable]) -> Any:
 def called(f: Any, values: Sequence[Any]) -> list[Any]:
     """Call a sub-function as JAX hands it to a trace."""
     return list(getattr(f, "call_wrapped", f)(*values))
-
-
-def refilled(outputs: Any, values: Sequence[Any]) -> Any:
-    """`values` in the form that the outputs of a sub-function have: a list, or a flat tree of JAX's own."""
-    return outputs.update(values) if hasattr(outputs, "update") else list(values)
 
 
 def forget(f: Any) -> None:
@@ -360,6 +352,11 @@ def with_miss(jitted: Any, miss: Callable) -> Any:
 def cache_size(jitted: Any) -> int | None:
     """How many entries the C++ cache has; one is made for a call before Python is asked."""
     return jitted and jitted._cache_size()
+
+
+def current_trace() -> Trace:
+    """The trace that is bound to now."""
+    return core.trace_ctx.trace
 
 
 def is_eager(trace: Trace) -> bool:

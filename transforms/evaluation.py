@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax import lax
 
 from . import _jax, layouts
 from .living import FOREIGN, Living, evaluate, run
@@ -24,8 +25,8 @@ def evaluated(jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
     inner = jaxpr.jaxpr
     if _jax.varying(values):  # inside a shard_map, whose shards were not there when the graph was traced
         return evaluate(jaxpr, FOREIGN, values)
-    is_as_traced = all(map(_is_of, values, inner.invars)) and jax.sharding.get_abstract_mesh().empty
-    if not inner.is_high and is_as_traced:
+    is_as_traced = all(map(_has_type, values, inner.invars)) and jax.sharding.get_abstract_mesh().empty
+    if is_as_traced and not inner.is_high:
         trace, tables = _jax.current_trace(), []
         if isinstance(trace, _jax.StagingTrace):
             return _copied(trace, jaxpr, values)
@@ -33,8 +34,12 @@ def evaluated(jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
             tables.append(trace.rules)
             trace = trace.parent
         if isinstance(trace, _jax.LinearizeTrace) and _is_staged(trace):
-            return run(inner, [*jaxpr.consts, *values], functools.partial(_kept, tables))
+            return run(inner, [*jaxpr.consts, *values], functools.partial(_linearized_once, tables))
     return _jax.jaxpr_as_fun(jaxpr)(*values)
+
+
+def _has_type(value: Any, var: Any) -> bool:
+    return isinstance(value, jax.Array) and jax.typeof(value) == var.aval
 
 
 def _is_staged(trace: Any) -> bool:
@@ -46,13 +51,13 @@ def _is_staged(trace: Any) -> bool:
     return True
 
 
-def _is_of(value: Any, var: Any) -> bool:
-    return isinstance(value, jax.Array) and jax.typeof(value) == var.aval
-
-
 def _copied(trace: Any, jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
-    """Stage copies of all equations. As JAX does with what it inlines, but each keeps its source line."""
-    inner, scopes, here = jaxpr.jaxpr, _jax.current_source().name_stack, _jax.current_source()
+    """Stage copies of all equations. As JAX does with what it inlines, but each keeps its source line.
+
+    Bound are those with effects, which JAX notes by the values that they are on, and those of another configuration than that
+    of the call, as both count.
+    """
+    inner, here, context = jaxpr.jaxpr, _jax.current_source(), _jax.current_context()
     env = {
         v: trace.to_jaxpr_tracer(x, here)
         for v, x in zip((*inner.constvars, *inner.invars), (*jaxpr.consts, *values), strict=True)
@@ -60,25 +65,26 @@ def _copied(trace: Any, jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[
     read = lambda v: _jax.StagedValue(trace, v.aval, v, here) if isinstance(v, _jax.Literal) else env[v]
     for eqn in inner.eqns:
         given, avals = list(map(read, eqn.invars)), [v.aval for v in eqn.outvars]
-        if eqn.effects:
+        if eqn.effects or eqn.ctx is not context:
             with _jax.context_of(eqn):
                 outputs = _jax.bind(eqn.primitive, eqn.params, given)
         elif (known := _jax.constants_of(eqn.primitive, given, eqn.params, avals)) is not None:
             outputs = [trace.new_const(x, here, aval=aval) for x, aval in zip(known, avals, strict=True)]
         else:
-            source = eqn.source_info.replace(name_stack=scopes + eqn.source_info.name_stack)
+            source = eqn.source_info.replace(name_stack=here.name_stack + eqn.source_info.name_stack)
             outputs = trace.emit_eqn(given, avals, eqn.primitive, eqn.params, eqn.effects, source, eqn.ctx)
         env.update(zip(eqn.outvars, outputs, strict=True))
     return list(map(read, inner.outvars))
 
 
-def _kept(tables: Sequence[Rules], eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Bind an equation as a jitted function, if JAX would else trace its JVP anew and no rule is for it."""
-    primitive = eqn.primitive
+def _linearized_once(tables: Sequence[Rules], eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Bind an equation as a jitted function, if JAX would else trace its JVP anew and no rule claims it."""
+    primitive, params = eqn.primitive, tuple(eqn.params.items())
     is_claimed = any(rules.default or primitive in rules.table for rules in tables)
-    if not (is_claimed or eqn.effects or layouts.has_bodies(primitive) or _jax.has_linearization(primitive)):
+    if not is_claimed and primitive in _operations() and not any(hasattr(x, "eqns") for _, x in params):
+        avals = tuple(v.aval for v in eqn.invars)
         try:
-            operation = _operation(primitive, tuple(eqn.params.items()), tuple(v.aval for v in eqn.invars))
+            operation = _operation(primitive, params, avals, _jax.current_context())
         except TypeError:  # parameters without a hash
             pass
         else:
@@ -86,7 +92,14 @@ def _kept(tables: Sequence[Rules], eqn: Any, values: Sequence[Any]) -> list[Any]
     return _jax.bind(primitive, eqn.params, values)
 
 
+@functools.cache
+def _operations() -> frozenset[_jax.Primitive]:
+    """JAX's own operations: what equal parameters of theirs mean is equal too, and they hold nothing of the user's."""
+    every = (getattr(lax, name) for name in dir(lax) if name.endswith("_p"))
+    return frozenset(p for p in every if _jax.is_linearized_by_jvp(p) and not layouts.has_bodies(p))
+
+
 @functools.lru_cache(maxsize=1024)
-def _operation(primitive: _jax.Primitive, params: tuple, avals: tuple) -> _jax.ClosedJaxpr:
-    """One operation as a jaxpr; JAX keeps its derivatives as long as it lives."""
+def _operation(primitive: _jax.Primitive, params: tuple, avals: tuple, context: Any) -> _jax.ClosedJaxpr:
+    """One operation as a jaxpr, traced in this context; JAX keeps its derivatives as long as it lives."""
     return _jax.stage_flat(lambda *values: _jax.bind(primitive, dict(params), values), avals, _jax.no_names)

@@ -254,7 +254,7 @@ class Frame:
             outputs = watched(f, frame)(*values)
             returned = [frame.returned(x) for x in outputs]
             self.add(frame.in_order())
-            return _jax.refilled(outputs, returned)
+            return _refilled(outputs, returned)
 
         return alive
 
@@ -265,6 +265,11 @@ def _closed_over(jaxprs: Sequence[_jax.ClosedJaxpr]) -> Iterator[Any]:
         yield from jaxpr.consts
         for eqn in jaxpr.jaxpr.eqns:
             yield from _closed_over([body.jaxpr for body in layouts.bodies(eqn)])
+
+
+def _refilled(outputs: Any, values: Sequence[Any]) -> Any:
+    """`values` in the form that the outputs of a sub-function have: a list, or a flat tree of JAX's own."""
+    return outputs.update(values) if hasattr(outputs, "update") else list(values)
 
 
 def watched(f: Callable, frame: Frame) -> Callable:
@@ -315,4 +320,4 @@ class Probing(Watch):
                 outputs = frame.beside(path, lambda: _jax.called(alive, values), lambda: bind(fun))
             else:
                 outputs = bind(alive if rules or frame.probe.replace else fun)
-            return _jax.refilled(outputs, frame.outputs(Bound(primitive, options, None), path, values, list(outputs)))
+            return _refilled(outputs, frame.outputs(Bound(primitive, options, None), path, values, list(outputs)))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from funcgrad.transforms import _jax
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 import funcgrad as fg
 
@@ -102,3 +107,58 @@ def test_effects_of_a_graph_stay_in_order():
     jax.jit(lambda x: graph(graph(x)))(1.0)
     jax.effects_barrier()
     assert seen == [("first", 1.0), ("second", 2.0), ("first", 2.0), ("second", 4.0)]
+
+
+def test_an_operation_is_kept_with_its_configuration():
+    """Not one that another program's configuration was noted at."""
+    f = lambda x: jnp.sum(lax.erf_inv(x))
+    x = jnp.linspace(0.1, 1.0, 13)  # of no other test
+    within = lambda f: lambda x: set_xla_metadata(mark="first")(f)(x)
+    marks = lambda f: jax.jit(f).lower(x).as_text().count("first")
+    assert marks(jax.grad(fg.trace(within(f), x))) == marks(jax.grad(within(f))) > 0
+    assert marks(jax.grad(fg.trace(f, x))) == 0
+    assert marks(within(fg.trace(f, x))) == marks(within(f)) > 0
+
+
+def test_what_a_user_passes_to_an_operation_is_not_kept():
+    class Held:
+        def __call__(self, v):
+            return np.asarray(v)
+
+    held = Held()
+    here = weakref.ref(held)
+    f = lambda x, held=held: jnp.sum(x * jax.pure_callback(held, jax.typeof(x), lax.stop_gradient(x)))
+    jax.jit(jax.grad(fg.trace(f, X))).trace(X)
+    del f, held
+    jax.clear_caches()
+    gc.collect()
+    assert here() is None
+
+
+def test_a_rule_is_called_for_each_equation():
+    lines = []
+
+    def rule(eqn, x):
+        lines.append(_jax.line_of(eqn))
+        return x + 1
+
+    def f(x):
+        y = lax.sin(x)
+        return jnp.sum(y * lax.sin(x))
+
+    jax.jit(fg.grad(fg.trace(f, X), rules={lax.sin_p: rule})).trace(X)
+    assert len(set(lines)) == len(lines) == 2
+
+
+def test_axes_and_references_of_a_graph_are_those_of_its_call():
+    graph = fg.trace(jax.vmap(lambda x: lax.psum(x, "lanes"), axis_name="lanes"), X)
+    assert_same_values(jax.jit(graph)(X), jnp.full_like(X, X.sum()))
+
+    def accumulate(ref, x):
+        ref[...] += x
+        return ref[...] * 2
+
+    ref = jax.new_ref(jnp.zeros(4))
+    traced = fg.trace(lambda x: accumulate(ref, x), X)
+    assert_same_values(jax.jit(traced)(X), 2 * X)
+    assert_same_values(jax.jit(lambda x: traced(x) + traced(x))(X), 4 * X + 6 * X)

@@ -66,14 +66,13 @@ def forward(sweep: Sweep, c: Sequence[Any], x0: Sequence[Any]) -> tuple[list[Any
     avals = Kept.avals(sweep)
     running, tape = _zeros(avals.running), _zeros(avals.tape)
     i, x, goes = _count(sweep, 0), list(x0), _goes(sweep, c, x0)
-    active = _borrowed(goes, x) if sweep.prefix else []
+    lent, active = _lent(sweep, c, x, goes)
     if size > 1:
-        lent = _lent(sweep, c, goes)
         hoisted = call(sweep.hoist, lent)
 
         def taped(t):
             i, x, goes, active, running, tape = t
-            active = _where(goes, x, active) if active else []
+            active = _followed(goes, x, active)
             new, residuals = _leaf(sweep, lent, hoisted, x, goes, active)
             running, tape = _put(running, [goes], i), _put(tape, residuals, i)
             return i + 1, new, _goes(sweep, c, new), active, running, tape
@@ -117,7 +116,7 @@ def backward(
 ) -> tuple[list[Any], list[Any]]:
     """The first y, and the totals."""
     size, n_slots = sweep.loops.residual_steps, sweep.loops.checkpoints
-    lent = _lent(sweep, c, _goes(sweep, c, x0)) if sweep.prefix else c
+    lent, _ = _lent(sweep, c, x0, _goes(sweep, c, x0))
     hoisted = call(sweep.hoist, lent)
     totals = _zeros(sweep.avals[3])
 
@@ -189,7 +188,7 @@ def _run(
     def step(t):
         i, x, goes, active = t
         new = call(sweep.step, c, x)
-        active = _where(goes, x, active) if active else []
+        active = _followed(goes, x, active)
         new = _where(goes, new, x) if sweep.prefix else new
         return i + 1, new, _goes(sweep, c, new), active
 
@@ -217,9 +216,28 @@ def _borrowed(goes: Any, values: Sequence[Any]) -> list[Any]:
     return _where(goes, values, [jnp.broadcast_to(v[lane], v.shape) for v in values])
 
 
-def _lent(sweep: Sweep, c: Sequence[Any], goes: Any) -> list[Any]:
-    """The constants for derivatives: a lane without a step, which has no state of its own for them, is lent another's."""
-    return merged(c, sweep.own, _borrowed(goes, chosen(c, sweep.own))) if any(sweep.own) else list(c)
+def _lent(sweep: Sweep, c: Sequence[Any], x: Sequence[Any], goes: Any) -> tuple[list[Any], list[Any]]:
+    """The constants for derivatives, and the first `active`: a lane without a step is lent those of another.
+
+    Where nobody knows which constants are its own, it may be lent a state that does not go with them: not if the step has
+    loops, which then might not end.
+    """
+    if not sweep.prefix:
+        return list(c), []
+    if sweep.own is None:
+        return list(c), list(x) if _has_loops(sweep.leaf.jaxpr) else _borrowed(goes, x)
+    return merged(c, sweep.own, _borrowed(goes, chosen(c, sweep.own))), _borrowed(goes, x)
+
+
+def _has_loops(jaxpr: Any) -> bool:
+    is_loop = lambda eqn: eqn.primitive.name in layouts.LOOPS | {"forward", "sweep", "tangent"}
+    inside = lambda eqn: any(_has_loops(body.jaxpr.jaxpr) for body in layouts.bodies(eqn))
+    return any(is_loop(eqn) or inside(eqn) for eqn in jaxpr.eqns)
+
+
+def _followed(goes: Any, x: Sequence[Any], active: list[Any]) -> list[Any]:
+    """Where each lane is now, or was before its last step; nothing without lanes."""
+    return _where(goes, x, active) if active else []
 
 
 def _goes(sweep: Sweep, c: Sequence[Any], x: Sequence[Any]) -> Any:

@@ -48,7 +48,7 @@ class Sweep:
       step: (c, x) -> x.
       hoist: c -> hoisted values. leaf: (c, hoisted, x) -> (x, residuals). pull: (c, hoisted, residuals, y) -> (y, increments).
       sizes: how many values c, x, y and the totals are.
-      own: which c each lane has of its own; empty where that is not known.
+      own: which c each lane has of its own; None where that is not known.
     """
 
     cond: Any
@@ -58,7 +58,7 @@ class Sweep:
     pull: Any
     sizes: tuple[int, int, int, int]
     loops: Loops
-    own: Flag = ()
+    own: Flag | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -66,7 +66,16 @@ class Sweep:
 
     @classmethod
     def of(
-        cls, cond: Callable, step: Callable, back: Callable, c: list, x: list, y: list, totals: int, loops: Loops
+        cls,
+        cond: Callable,
+        step: Callable,
+        back: Callable,
+        c: list,
+        x: list,
+        y: list,
+        totals: int,
+        loops: Loops,
+        own: Flag | None = None,
     ) -> Sweep:
         """A sweep from functions of lists: `cond(c, x)`, `step(c, x)` and `back(c, x, y) -> (x, y, increments)`.
 
@@ -78,7 +87,7 @@ class Sweep:
         back_flat = lambda *v: [z for part in back(*cut(v)) for z in part]
         sizes = (len(c), len(x), len(y), totals)
         test, forward = (stage(f, *c, *x) for f in (lambda *v: [cond(*cut(v)[:2])], lambda *v: step(*cut(v)[:2])))
-        return cls(test, forward, *_parts(stage(back_flat, *c, *x, *y), forward, len(c), len(x)), sizes, loops)
+        return cls(test, forward, *_parts(stage(back_flat, *c, *x, *y), forward, len(c), len(x)), sizes, loops, own)
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -159,7 +168,8 @@ class Sweep:
 
         cond = lambda c, x: call(self.cond, c[:n_c], x[:n_x])[0]
         wide = lambda avals, f: [*avals, *tangents(avals, f)]
-        return Sweep.of(cond, step, back, wide(c, fc), wide(x, fx), wide(y, fy), 2 * n_t, self._loops())
+        own = None if self.own is None else (*self.own, *chosen(self.own, fc))
+        return Sweep.of(cond, step, back, wide(c, fc), wide(x, fx), wide(y, fy), 2 * n_t, self._loops(), own)
 
     def _vjp(self, flags: Flags) -> Sweep:
         fc, fx, fy = flags
@@ -190,7 +200,8 @@ class Sweep:
 
         cond = lambda c, x: call(self.cond, c[:n_c], x[:n_x])[0]
         wider = [*c, *tangents(totals)], [*x, *tangents(y, fy)], [*y[:n_y], *tangents(x, fx)]
-        return Sweep.of(cond, step, back, *wider, sum(fc), self._loops())
+        own = None if self.own is None else (*self.own, *[False] * len(totals))
+        return Sweep.of(cond, step, back, *wider, sum(fc), self._loops(), own)
 
     def _loops(self) -> Loops:
         """Of a derivative: half as many residuals of steps that have about twice as many, unless it is the first that has any."""
@@ -232,7 +243,9 @@ class Sweep:
             )
             if y == (y := tuple(map(operator.or_, y, found[:n_y]))):
                 break
-        own = tuple(c) if goes_apart and not self.prefix else tuple(map(operator.and_, self.own, c))
+        own = tuple(c) if goes_apart and not self.prefix else self.own
+        if own is not None and cond.out_avals[0].shape != self.prefix and own != tuple(c):
+            own = None  # some belong to lanes along one axis alone
         return Sweep(cond, step, hoist, leaf, pull, self.sizes, self.loops, own), (c, x, y), kept, tuple(found[n_y:])
 
 
@@ -287,11 +300,13 @@ def _parts(jaxpr: Any, step: Any, n_c: int, n_x: int) -> tuple[Any, Any, Any]:
         level.update(dict.fromkeys(eqn.outvars, at))
         eqns[at].append(eqn)
     is_from = lambda at: lambda v: not isinstance(v, _jax.Literal) and level[v] == at
-    pull, needed = _live(eqns[2], inner.outvars[n_x:])
+    _, needed = _live(eqns[2], inner.outvars[n_x:])
+    kept, moved = set(filter(is_from(1), needed)), []
     for eqn in reversed(eqns[1]):  # what is cheap to compute from other residuals is not kept
-        sources = set(filter(is_from(1), eqn.invars))
-        if eqn.primitive.name in _CHEAP and eqn.outvars[0] in needed and sources <= {*needed}:
-            pull, needed = _live([eqn, *pull], inner.outvars[n_x:])
+        if eqn.primitive.name in _CHEAP and eqn.outvars[0] in kept and kept.issuperset(filter(is_from(1), eqn.invars)):
+            kept.remove(eqn.outvars[0])
+            moved.append(eqn)
+    pull, needed = _live([*reversed(moved), *eqns[2]], inner.outvars[n_x:])
     residuals = list(filter(is_from(1), needed))
     is_apart = not any(map(is_from(2), inner.outvars[:n_x]))
     made = [*(inner.outvars[:n_x] if is_apart else ()), *residuals]
@@ -302,8 +317,8 @@ def _parts(jaxpr: Any, step: Any, n_c: int, n_x: int) -> tuple[Any, Any, Any]:
     make = lambda invars, outvars, eqns: _jax.part_of(inner, invars, outvars, eqns, jaxpr.consts)
     leaf = make([*c, *hoisted, *x], made, leaf)
     if not is_apart:
-        own = lambda *v, rest=leaf: [*call(step, v[:n_c], v[len(v) - n_x :]), *call(rest, v)]
-        leaf = _jax.stage_flat(own, leaf.in_avals, _jax.no_names)
+        both = lambda *v, rest=leaf: [*call(step, v[:n_c], v[len(v) - n_x :]), *call(rest, v)]
+        leaf = _jax.stage_flat(both, leaf.in_avals, _jax.no_names)
     return make(c, hoisted, hoist), leaf, make([*c, *hoisted, *residuals, *y], inner.outvars[n_x:], pull)
 
 
