@@ -279,7 +279,9 @@ def staged(value: Any) -> Any:
 def bind_inlined(jaxpr: ClosedJaxpr, name: str, values: Sequence[Any]) -> list[Any]:
     """Call a jaxpr as a jitted function that JAX inlines where it stages: its derivatives are computed once and kept."""
     n, m, early = len(jaxpr.in_avals), len(jaxpr.out_avals), getattr(jax, "Inline", None)
-    places = dict(in_shardings=(UNSPECIFIED,) * n, out_shardings=(UNSPECIFIED,) * m, donated_invars=(False,) * n)
+    places: dict[str, Any] = dict(
+        in_shardings=(UNSPECIFIED,) * n, out_shardings=(UNSPECIFIED,) * m, donated_invars=(False,) * n
+    )
     places.update(in_layouts=(None,) * n, out_layouts=(None,) * m, ctx_mesh=get_abstract_mesh())
     options = dict(keep_unused=False, inline=early.JAX_EARLY if early else True, compiler_options_kvs=())
     return pjit.jit_p.bind(*values, jaxpr=jaxpr, name=name, **places, **options)
