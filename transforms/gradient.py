@@ -48,7 +48,7 @@ def differentiable(f: Callable, *, rules: UserRules | None = None, loops: Loops 
     Returns:
       A function as `f`.
     Raises:
-      OptionError: at a call, a pattern names no scope. Also a ValueError.
+      OptionError: `loops` is no `Loops`; at a call, a pattern names no scope. Also a ValueError.
       GraphError: at a call, a rule returned values of other shapes, dtypes or number.
 
     >>> from jax import lax
@@ -56,6 +56,8 @@ def differentiable(f: Callable, *, rules: UserRules | None = None, loops: Loops 
     >>> jax.grad(differentiable(lambda x: 3 * lax.round(x), rules={lax.round_p: straight_through}))(0.7)
     Array(3., dtype=float32, weak_type=True)
     """
+    if loops is not None and not isinstance(loops, Loops):
+        raise OptionError(f"loops= takes fg.Loops(...), and got {loops!r:.60}.", at=location(f))
     return live(_overridden(f, rules), reversible(loops or Loops()))
 
 
@@ -301,9 +303,9 @@ def _explained(transform: Callable, fun: Callable, body: Callable, options: dict
             problem = _wrong_arguments(verb, fun, args, options)
             if problem is None and "while_loop" in str(e) and "Reverse-mode" in str(e):
                 problem = GraphError(
-                    f"{verb} of {name_of(fun)} reaches a loop that is JAX's own.",
+                    f"{verb} of {name_of(fun)} reaches a while loop that may not run again, or a call of jax.grad around one.",
                     at=location(fun),
-                    hint="take ordered effects and references out of the loop; inside of this function use fg.grad too",
+                    hint="take io_callback, ordered effects and references out of the loop; inside of the function use fg.grad",
                 )
             if problem is None:
                 raise

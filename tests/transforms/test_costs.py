@@ -361,6 +361,33 @@ def test_parameters():
 # ------------------------------------------------------------------------------------------------ memory
 
 
+def test_parameters_that_only_a_loop_reads_count_in_its_gradient_too():
+    f = lambda a, n: jnp.sum(lax.fori_loop(0, n, lambda _, x: jnp.tanh(a @ x), jnp.ones(64)))
+    assert fg.cost(f, jnp.eye(64), 9).parameters == fg.cost(fg.grad(f), jnp.eye(64), 9).parameters == 64 * 64
+
+
+def test_the_timeline_names_what_a_scan_stacks():
+    def layer(x, w):
+        with jax.named_scope("layer"):
+            return jnp.tanh(x @ w), None
+
+    f = lambda w, x: jnp.sum(lax.scan(layer, x, w)[0])
+    owners = fg.cost(fg.value_and_grad(f), jnp.ones((12, 8, 8)), jnp.ones((256, 8))).timeline().owners
+    kept = [o for o in owners if o.type == "f32[12,256,8]"]
+    assert any(o.path.startswith("layer/") and "(test_the_timeline" in o.line for o in kept)
+
+
+def test_wrong_uses_are_refused():
+    loop = lambda x: lax.while_loop(lambda x: x < 9, lambda x: x * 2, x)
+    for trips in (-1, {"while": -1}):
+        with pytest.raises(fg.OptionError, match="at least 0"):
+            fg.cost(loop, 1.0, trips=trips)
+    with pytest.raises(TypeError, match='trips="measured" runs <lambda>, and got no values for x'):
+        fg.cost(loop, jax.ShapeDtypeStruct((), "float32"), trips="measured")
+    with pytest.raises(TypeError, match="cost takes a function or a Graph, and got Lowered"):
+        fg.cost(jax.jit(loop).lower(1.0))
+
+
 def test_the_timeline_of_a_chain():
     """x [1 KiB] stays; each value lives until it is read."""
     x = jax.ShapeDtypeStruct((256,), np.float32)

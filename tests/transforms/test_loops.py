@@ -129,6 +129,22 @@ def test_options_are_counts(wrong):
         fg.Loops(**wrong)
 
 
+def test_many_checkpoints_are_no_work_and_too_many_refused():
+    root = lambda a: lax.while_loop(lambda x: jnp.abs(x * x - a) > 1e-6, lambda x: (x + a / x) / 2, a)
+    assert_near(fg.grad(root, loops=fg.Loops(np.int64(10_000), 1))(4.0), 0.25, 1e-3)
+    with pytest.raises(
+        fg.OptionError, match=r"at most 10,000 checkpoints, and got 1,000,000\.\n  try     residual_steps"
+    ):
+        fg.Loops(checkpoints=1_000_000)
+
+
+@pytest.mark.parametrize("wrong", [8, (8, 1), {"checkpoints": 3}, fg.Loops])
+def test_loops_are_an_instance_of_Loops(wrong):
+    for verb in (fg.grad, fg.vjp, fg.differentiable):
+        with pytest.raises(fg.OptionError, match=r"loops= takes fg\.Loops\(\.\.\.\), and got "):
+            verb(lambda x: x, *[1.0] * (verb is fg.vjp), loops=wrong)
+
+
 @pytest.mark.parametrize("steps", [100, 10_000])
 def test_memory_does_not_grow_with_the_number_of_steps(steps):
     x = jnp.ones(10_000)
@@ -565,7 +581,7 @@ def test_effects_stay_in_order_or_are_refused():
         return lax.while_loop(lambda x: x < 10, step, x)
 
     assert fg.jvp(f, (1.0,), (1.0,))[1] == 16
-    with pytest.raises(fg.GraphError, match=r"a loop that is JAX's own[\s\S]*ordered effects"):
+    with pytest.raises(fg.GraphError, match=r"a while loop that may not run again[\s\S]*ordered effects"):
         fg.grad(f)(1.0)
     with pytest.raises(ValueError, match="while_loop"):
         fg.vjp(f, 1.0)[1](1.0)

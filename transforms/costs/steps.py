@@ -140,6 +140,9 @@ class Unfolding:
             self._sweep(step)
         elif name == "scan":
             self._enter(step, bodies[0], times * eqn.params["length"], given[0], wholes[0])
+            for stacked, one in zip(makes, step.bodies[0].outputs, strict=True):  # is what was made inside
+                if one.maker is not None:
+                    stacked.maker, stacked.path = one.maker, one.path
         elif name in layouts.LOOPS:
             trips = self._trips(step)
             for body, n, inputs, parts in zip(bodies, (trips + 1, trips), given, wholes, strict=True):
@@ -225,7 +228,7 @@ class Unfolding:
             "pull": n * is_back,
         }
         for part, count in counts.items():
-            self._enter(step, getattr(sweep, part), step.times * count)
+            self._enter(step, getattr(sweep, part), step.times * count, step.reads[: p["sweep"].sizes[0]])
         if is_back and is_forward:
             step.kept_bytes = sum(map(nbytes, jax.tree.leaves(Kept.avals(sweep))))
 

@@ -14,7 +14,7 @@ import jax
 from jax.tree_util import tree_leaves, tree_unflatten
 
 from .. import _jax
-from ..errors import OptionError
+from ..errors import ArgumentError, OptionError
 from ..graph import Graph, trace
 from ..selecting import BACKWARD, Path
 from .machines import Machine
@@ -324,17 +324,21 @@ def cost(
       Cost. Its text is a table of scopes; `timeline()` says what fills the memory.
     Raises:
       OptionError: a pattern names no loop or branch, or a `cond` has another number of branches. Also a ValueError.
-      ArgumentError: the arguments cannot be traced. Also a TypeError.
+      ArgumentError: the arguments cannot be traced, or for "measured" not run. Also a TypeError.
 
     >>> import jax.numpy as jnp
     >>> c = cost(lambda w, x: jnp.tanh(x @ w), jnp.ones((3, 4)), jnp.ones((2, 3)))
     >>> c.flops, c.transcendentals, c.parameters
     (48, 8, 12)
     """
+    if not callable(f):
+        raise ArgumentError(f"cost takes a function or a Graph, and got {type(f).__name__}.", inputs=f"{f!r:.60}")
     graph = f if isinstance(f, Graph) else trace(f, *args, **kwargs)
     graph = dataclasses.replace(graph, jaxpr=_alive(graph.jaxpr))
     if isinstance(trips, str) and trips != "measured":
         raise OptionError(f'trips= takes a number, a mapping or "measured", and got {trips!r}.')
+    if any(n < 0 for n in (trips.values() if isinstance(trips, Mapping) else [trips]) if isinstance(n, int | float)):
+        raise OptionError(f"trips= takes numbers of at least 0, and got {trips!r}.")
     length = measured(graph, args, kwargs) if trips == "measured" else Told("trips", trips)
     chances = Told("probabilities", probabilities)
 

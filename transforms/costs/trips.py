@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..errors import OptionError
+from ..errors import ArgumentError, OptionError
 from ..graph import Graph
 from ..living import evaluate
 from ..loops.primitives import forward_p, loop_p, sweep_p, tangent_p
@@ -81,6 +81,10 @@ def measured(graph: Graph, args: tuple, kwargs: dict) -> Callable[[Any, Path], f
     table = {lax.while_p: loop, loop_p: loop, forward_p: sweep, sweep_p: sweep, tangent_p: sweep}
     rules = Rules("cost", table)
     leaves = graph.leaves(*args, **kwargs)
+    for path, x in zip(graph.paths, leaves, strict=True):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            what = f'trips="measured" runs {graph.name}, and got no values for {path}.'
+            raise ArgumentError(what, hint="pass arrays, or trips= as a number")
     jax.block_until_ready(jax.jit(lambda *leaves: evaluate(graph.jaxpr, rules, leaves))(*leaves))
     jax.effects_barrier()
     means = {key: sum(ns) / len(ns) for key, ns in counts.items()}

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +34,10 @@ class Loops:
     """How much memory the gradient of a `while` loop may use: `checkpoints` states and the residuals of `residual_steps` steps.
 
     Attributes:
-      checkpoints: how many states of the loop are kept, besides the one that it starts from; at least 1.
+      checkpoints: how many states of the loop are kept, besides the one that it starts from; from 1 to 10,000. Less than about 4
+        save little memory and cost much time.
       residual_steps: for how many consecutive steps the residuals of the gradient are kept; at least 1. A loop of no more steps
-        computes nothing twice. With 1 no residuals are kept at all.
+        computes nothing twice, so this is what to raise to keep everything. With 1 no residuals are kept at all.
     """
 
     checkpoints: int = 32
@@ -45,15 +45,25 @@ class Loops:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
                 raise OptionError(f"Loops takes {name} as an integer of at least 1, and got {value!r}.")
+            object.__setattr__(self, name, int(value))
+        if self.checkpoints > _MOST:
+            hint = "residual_steps as large as the longest loop keeps everything"
+            raise OptionError(f"Loops takes at most {_MOST:,} checkpoints, and got {self.checkpoints:,}.", hint=hint)
+
+
+_MOST = 10_000
 
 
 @functools.cache
 def lengths(slots: int) -> np.ndarray:
     """`lengths(c)[r, s]`: how many units s slots, that of the first unit among them, reverse with r repetitions."""
-    rows = 64 if slots > 3 else 1024
-    return np.array([[min(math.comb(s + r, r), 2**30) for s in range(slots + 2)] for r in range(rows)], np.int32)
+    row, rows = np.ones(slots + 2, np.int64), []  # binomial(s + r, r), each row the running sum of the one before
+    for _ in range(64 if slots > 3 else 1024):
+        rows.append(row)
+        row = np.minimum(np.cumsum(row), 2**30)
+    return np.array(rows, np.int32)
 
 
 def merge(ends: Any, unit: Any) -> tuple[Any, Any]:
