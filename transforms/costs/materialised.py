@@ -18,15 +18,13 @@ Sources: XLA's `instruction_fusion.cc` (what is expensive, what is duplicated), 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 
-from .. import _jax
-from .steps import NUMBER, Body, Step, Value
+from .steps import NUMBER, Step, Value
 
 _CHEAP = """add sub add_any neg mul square max min sign abs floor ceil round eq ne lt le gt ge and or xor not is_finite select_n
 clamp convert_element_type reduce_precision shift_left shift_right_logical shift_right_arithmetic integer_pow real imag complex
@@ -35,6 +33,8 @@ population_count clz eq_to lt_to le_to conj one_minus_square"""
 _EXPENSIVE = """div rem exp exp2 expm1 log log1p log2 sqrt rsqrt cbrt pow sin cos tan asin acos atan atan2 sinh cosh tanh asinh
 acosh atanh erf erfc logistic nextafter erf_inv"""
 _REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor"
+_ABSORBED = """add sub add_any neg mul square max min abs integer_pow exp tanh div sqrt rsqrt log broadcast_in_dim
+convert_element_type dot_general reduce_sum reduce_max"""
 _MOVING = frozenset("broadcast_in_dim broadcast_to transpose rev pad slice split dynamic_slice gather concatenate".split())  # noqa: SIM905
 
 
@@ -45,44 +45,56 @@ class Backend:
     Attributes:
       cheap: computed where it is read, however often.
       expensive: computed where it is read, once.
-      reductions: library calls that compute their operand themselves, if nobody else reads it.
+      reductions: library calls that compute what they read themselves, if nobody else reads it.
+      absorbed: what they compute so, and how many operations.
     """
 
     cheap: frozenset[str]
     expensive: frozenset[str]
     reductions: frozenset[str]
+    absorbed: frozenset[str]
+    limit: int
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 BACKENDS = {
-    "cpu": Backend(*(frozenset(names.split()) for names in (_CHEAP, _EXPENSIVE, _REDUCTIONS))),
-    "gpu": Backend(*(frozenset(names.split()) for names in (f"{_CHEAP} {_EXPENSIVE}", "", _REDUCTIONS))),
+    "cpu": Backend(_names(_CHEAP), _names(_EXPENSIVE), _names(_REDUCTIONS), _names(_ABSORBED), 64),
+    "gpu": Backend(_names(f"{_CHEAP} {_EXPENSIVE}"), _names(""), _names(_REDUCTIONS), _names(_ABSORBED), 64),
 }
 
 
 def temp_bytes(steps: Sequence[Step], outputs: Sequence[Value], backend: Backend) -> int:
     """The most bytes that temporaries of a program have at a time."""
-    return _Run(steps, outputs, backend).peak({})
+    return _Run(steps, outputs, backend).peak()
 
 
 @dataclass(eq=False, slots=True)
 class Kernel:
-    """One value and how it comes about: a kernel, if it is materialised.
+    """One value and how it comes about: a kernel of its own, if it is materialised.
 
     Attributes:
-      reads: the kernels whose results it reads, which arguments are not among.
+      at: its place in the order of the program; after `schedule`, a whole number.
+      reads: the kernels whose results it reads; arguments are not among them.
       readers: the kernels that read it.
       last: when its result is read last; `through`: when it is computed last inside others.
     """
 
     name: str
-    value: Value
-    at: int
+    bytes: int
+    at: float
     reads: list[Kernel]
     step: Step | None = None
+    is_cheap: bool = False
+    remat: Any = None
     readers: list[Kernel] = field(default_factory=list)
     is_output: bool = False
     is_materialised: bool = True
-    is_absorbed: bool = False
+    cluster: Kernel | None = None
+    is_grown: bool = False
+    size: int = 1
     last: int = -1
     through: int = -1
 
@@ -91,78 +103,115 @@ class _Run:
     """Steps as kernels."""
 
     def __init__(self, steps: Sequence[Step], outputs: Sequence[Value], backend: Backend):
-        self.backend, self.steps = backend, steps
+        self.backend = backend
         self.kernels: list[Kernel] = []
         self.of: dict[Value, Kernel] = {}
         self.known: dict[Any, list[Kernel]] = {}
+        self.begins: dict[Any, float] = {None: -1.0}
         for step in steps:
             self._add(step)
         for v in outputs:
             if v in self.of:
                 self.of[v].is_output = True
+        self.kernels.sort(key=lambda k: k.at)
+        for at, k in enumerate(self.kernels):
+            k.at = at
         self._fuse()
 
     def _add(self, step: Step) -> None:
         """The kernels of a step; none, if the same is computed before it."""
-        key = self._key(step)
-        if key is not None and key in self.known:
-            self.of.update(zip(step.makes, self.known[key], strict=True))
+        eqn, name = step.eqn, step.eqn.primitive.name
+        self.begins.setdefault(step.remat and id(step.remat), len(self.kernels) - 0.5)
+        same = _same(step)
+        if same is not None:
+            if same in self.of:
+                self.of[step.makes[0]] = self.of[same]
             return
-        name = step.eqn.primitive.name
-        reads = [self.of[v] for v in dict.fromkeys(step.reads) if v in self.of]
-        made = [self._kernel(name, v, reads, step) for v in step.makes]
-        if key is not None:
-            self.known[key] = made
+        reads = [self._operand(step, k) for k in range(len(step.reads))]
+        key = None
+        if name in self.backend.cheap | self.backend.expensive | self.backend.reductions:
+            words = [id(r) if isinstance(r, Kernel) else r for r in reads]
+            key = name, *words, step.remat and id(step.remat), str(eqn.params), str(eqn.outvars[0].aval)
+        if key is None or key not in self.known:
+            sources = list(dict.fromkeys(r for r in reads if isinstance(r, Kernel)))
+            is_cheap = name in self.backend.cheap or (name in ("div", "rem") and step.reads[1].argument == NUMBER)
+            self.known[key] = [
+                self._kernel(Kernel(name, v.bytes, len(self.kernels), sources, step, is_cheap, step.remat))
+                for v in step.makes
+            ]
+        self.of.update(zip(step.makes, self.known[key], strict=True))
 
-    def _kernel(self, name: str, v: Value, reads: list[Kernel], step: Step | None) -> Kernel:
-        kernel = Kernel(name, v, len(self.kernels), reads, step)
-        for k in reads:
+    def _kernel(self, kernel: Kernel) -> Kernel:
+        for k in kernel.reads:
             k.readers.append(kernel)
         self.kernels.append(kernel)
-        self.of[v] = kernel
         return kernel
 
-    def _key(self, step: Step) -> Any:
-        eqn, name = step.eqn, step.eqn.primitive.name
-        if name not in self.backend.cheap | self.backend.expensive | self.backend.reductions:
-            return None
-        again = str(_jax.name_stack(eqn))
-        again = again if "rematted" in again else ""
-        reads = tuple(
-            id(self.of.get(v, v)) if v.argument != NUMBER else str(getattr(w, "val", id(w)))
-            for v, w in zip(step.reads, eqn.invars, strict=True)
-        )
-        return name, reads, again, str(eqn.params), str(eqn.outvars[0].aval)
+    def _operand(self, step: Step, k: int) -> Any:
+        """The kernel that makes an operand, as the step reads it: of the result's shape, in the library's order of axes."""
+        v, atom = step.reads[k], step.eqn.invars[k]
+        source: Any = str(atom.val) if v.argument == NUMBER and hasattr(atom, "val") else self.of.get(v, id(v))
+        name, out = step.eqn.primitive.name, step.eqn.outvars[0].aval
+        order = _order(step.eqn, k)
+        if order is not None and _moves(order, atom.aval.shape):
+            return self._moved("transpose", source, v.bytes, step, (atom.aval.shape, tuple(order)))
+        is_elementwise = (name in self.backend.cheap or name in self.backend.expensive) and name not in _MOVING
+        if is_elementwise and getattr(atom.aval, "shape", ()) != out.shape:
+            size = int(np.prod(out.shape)) * atom.aval.dtype.itemsize
+            return self._moved("broadcast_in_dim", source, size, step, out.shape)
+        return source
+
+    def _moved(self, name: str, source: Any, size: int, step: Step, how: Any) -> Kernel:
+        """A copy or a broadcast of an operand, made as soon as that is there."""
+        remat = step.remat and id(step.remat)
+        is_known = isinstance(source, Kernel)
+        within = (is_known and source.remat is step.remat)
+        at = source.at + 0.5 if within else self.begins[remat]
+        if not is_known and name == "transpose":
+            at = len(self.kernels) - 0.5
+        key = name, id(source) if is_known else source, how, remat
+        if key not in self.known:
+            reads = [source] if is_known else []
+            self.known[key] = [self._kernel(Kernel(name, size, at, reads, None, True, step.remat))]
+        return self.known[key][0]
 
     # ------------------------------------------------------------------------------------------------ fusion
 
-    def _is_fusible(self, k: Kernel) -> bool:
-        return k.name in self.backend.cheap or k.name in self.backend.expensive
-
-    def _is_expensive(self, k: Kernel) -> bool:
-        if k.name in ("div", "rem"):  # by a number it is a product
-            return k.step.reads[1].argument != NUMBER
-        return k.name in self.backend.expensive
-
     def _fuses(self, k: Kernel, reader: Kernel) -> bool:
         """Whether `reader` computes `k` itself."""
-        if not self._is_fusible(k):
+        if reader.remat is not None and k.remat is not reader.remat:  # behind its barrier
             return False
-        if reader.name in self.backend.reductions or reader.is_absorbed:
-            return len(k.readers) == 1 and k.name not in _MOVING
-        if not self._is_fusible(reader):
+        if reader.cluster:
+            return k.cluster is reader.cluster
+        if not (k.is_cheap or k.name in self.backend.expensive):
             return False
-        return not self._is_expensive(k) or (len(k.readers) == 1 and reader.name not in _MOVING)
+        if not (reader.is_cheap or reader.name in self.backend.expensive):
+            return False
+        return k.is_cheap or (len(k.readers) == 1 and reader.name not in _MOVING)
+
+    def _join(self, k: Kernel) -> None:
+        """The library call that computes `k`."""
+        clusters = {r.cluster for r in k.readers}
+        if len(clusters) == 1 and not k.is_output and k.name in self.backend.absorbed:
+            (cluster,) = clusters
+            if cluster and cluster.size < self.backend.limit and k.remat is cluster.remat:
+                k.cluster = cluster
+                cluster.size += 1
+        if not k.cluster and (k.name in self.backend.reductions or k.is_grown):
+            k.cluster = k
 
     def _fuse(self) -> None:
         """Which kernels there are, and how long what they make is read. From the last to the first."""
+        for k in self.kernels:
+            grown = lambda r: len(r.readers) == 1 and (
+                r.is_grown or (k.name == "broadcast_in_dim" and r.name in self.backend.reductions)
+            )
+            k.is_grown = k.name in self.backend.absorbed and any(map(grown, k.reads))
         for k in reversed(self.kernels):
+            self._join(k)
             fused = [self._fuses(k, reader) for reader in k.readers]
             k.is_materialised = k.is_output or not all(fused) or not k.readers
-            again = sum(r.value.bytes >= k.value.bytes for r in k.reads) <= 1 and not self._is_expensive(k)
-            k.is_absorbed = not k.is_materialised and any(
-                r.name in self.backend.reductions or r.is_absorbed for r in k.readers
-            )
+            again = k.is_cheap and sum(r.bytes >= k.bytes and r.name != "broadcast_in_dim" for r in k.reads) <= 1
             for reader, is_fused in zip(k.readers, fused, strict=True):
                 when = max(reader.at if reader.is_materialised else -1, reader.through)
                 if is_fused and (not k.is_materialised or again):
@@ -172,23 +221,54 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------ memory
 
-    def peak(self, outside: dict[Value, bool]) -> int:
+    def peak(self) -> int:
         ends: dict[int, list[Kernel]] = defaultdict(list)
         for k in self.kernels:
             if k.is_materialised and not k.is_output:
                 ends[max(k.last, k.at)].append(k)
         live = most = 0
         for k in self.kernels:
-            size = 0 if k.is_output or not k.is_materialised else k.value.bytes
-            inside = self._inside(k)
+            size = 0 if k.is_output or not k.is_materialised else k.bytes
             dying = ends[k.at]
-            reused = self._is_fusible(k) and any(d.value.bytes == size and d is not k for d in dying)
-            most = max(most, live + inside + (0 if reused else size))
-            live += size - sum(d.value.bytes for d in dying)
+            is_loop = k.is_cheap or k.name in self.backend.expensive
+            reused = is_loop and any(d.bytes == size and d is not k for d in dying)
+            most = max(most, live + self._inside(k) + (0 if reused else size))
+            live += size - sum(d.bytes for d in dying)
         return most
 
     def _inside(self, k: Kernel) -> int:
-        if k.step is None or not k.step.bodies or k.value is not k.step.makes[-1]:
+        if k.step is None or not k.step.bodies:
             return 0
-        inner = [_Run(body.steps, body.outputs, self.backend).peak({}) for body in k.step.bodies]
+        inner = [_Run(body.steps, body.outputs, self.backend).peak() for body in k.step.bodies]
         return k.step.kept_bytes + max(inner)
+
+
+def _same(step: Step) -> Value | None:
+    """The operand that a step returns as it is, if it does: with an axis of size 1, or its maximum with -inf."""
+    name, eqn = step.eqn.primitive.name, step.eqn
+    if name == "broadcast_in_dim" and step.reads[0].argument != NUMBER and step.reads[0].bytes == step.makes[0].bytes:
+        return step.reads[0]
+    if name == "max" and any(np.ndim(a.val) == 0 and a.val == -np.inf for a in eqn.invars if hasattr(a, "val")):
+        return next(v for v in step.reads if v.argument != NUMBER)
+    return None
+
+
+def _order(eqn: Any, k: int) -> Sequence[int] | None:
+    """The order of axes in which a library call takes its operand; None for any."""
+    name, rank = eqn.primitive.name, len(getattr(eqn.invars[k].aval, "shape", ()))
+    if name == "dot_general":
+        contracted, batch = (sides[k] for sides in eqn.params["dimension_numbers"])
+        free = [d for d in range(rank) if d not in contracted and d not in batch]
+        if tuple(batch) == tuple(range(len(batch))) and len(contracted) == 1 and len(free) <= 1:
+            return None  # transposed or not
+        return [*batch, *free, *contracted] if k == 0 else [*batch, *contracted, *free]
+    if name == "conv_general_dilated":
+        spec = eqn.params["dimension_numbers"][k]
+        return [spec[0], *spec[2:], spec[1]] if k == 0 else [*spec[2:], spec[1], spec[0]]
+    return None
+
+
+def _moves(order: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether axes are in another order, but for those of size 1."""
+    kept = [d for d in order if shape[d] != 1]
+    return kept != sorted(kept)
