@@ -17,6 +17,7 @@ Sources: XLA's `instruction_fusion.cc` (what is expensive, what is duplicated), 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,18 +25,19 @@ from typing import Any
 
 import numpy as np
 
+from .operations import nbytes
 from .steps import NUMBER, Step, Value
 
 _CHEAP = """add sub add_any neg mul square max min sign abs floor ceil round eq ne lt le gt ge and or xor not is_finite select_n
 clamp convert_element_type reduce_precision shift_left shift_right_logical shift_right_arithmetic integer_pow real imag complex
-copy copy_p broadcast_in_dim broadcast_to iota transpose rev pad slice split dynamic_slice gather concatenate
+copy copy_p broadcast_in_dim broadcast_to iota transpose rev pad slice split dynamic_slice gather
 population_count clz eq_to lt_to le_to conj one_minus_square"""
 _EXPENSIVE = """div rem exp exp2 expm1 log log1p log2 sqrt rsqrt cbrt pow sin cos tan asin acos atan atan2 sinh cosh tanh asinh
 acosh atanh erf erfc logistic nextafter erf_inv"""
 _REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor"
 _ABSORBED = """add sub add_any neg mul square max min abs integer_pow exp tanh div sqrt rsqrt log broadcast_in_dim
 convert_element_type dot_general reduce_sum reduce_max"""
-_MOVING = frozenset("broadcast_in_dim broadcast_to transpose rev pad slice split dynamic_slice gather concatenate".split())  # noqa: SIM905
+_MOVING = frozenset("broadcast_in_dim broadcast_to transpose rev pad slice split dynamic_slice gather".split())  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def _names(text: str) -> frozenset[str]:
 
 
 BACKENDS = {
-    "cpu": Backend(_names(_CHEAP), _names(_EXPENSIVE), _names(_REDUCTIONS), _names(_ABSORBED), 64),
-    "gpu": Backend(_names(f"{_CHEAP} {_EXPENSIVE}"), _names(""), _names(_REDUCTIONS), _names(_ABSORBED), 64),
+    "cpu": Backend(_names(_CHEAP), _names(_EXPENSIVE), _names(_REDUCTIONS), _names(_ABSORBED), 74),
+    "gpu": Backend(_names(f"{_CHEAP} {_EXPENSIVE}"), _names(""), _names(_REDUCTIONS), _names(_ABSORBED), 74),
 }
 
 
@@ -84,6 +86,7 @@ class Kernel:
 
     name: str
     bytes: int
+    count: int
     at: float
     reads: list[Kernel]
     step: Step | None = None
@@ -136,7 +139,7 @@ class _Run:
             sources = list(dict.fromkeys(r for r in reads if isinstance(r, Kernel)))
             is_cheap = name in self.backend.cheap or (name in ("div", "rem") and step.reads[1].argument == NUMBER)
             self.known[key] = [
-                self._kernel(Kernel(name, v.bytes, len(self.kernels), sources, step, is_cheap, step.remat))
+                self._kernel(Kernel(name, v.bytes, _count(v.aval), len(self.kernels), sources, step, is_cheap, step.remat))
                 for v in step.makes
             ]
         self.of.update(zip(step.makes, self.known[key], strict=True))
@@ -154,25 +157,23 @@ class _Run:
         name, out = step.eqn.primitive.name, step.eqn.outvars[0].aval
         order = _order(step.eqn, k)
         if order is not None and _moves(order, atom.aval.shape):
-            return self._moved("transpose", source, v.bytes, step, (atom.aval.shape, tuple(order)))
+            return self._moved("transpose", source, atom.aval, step, (atom.aval.shape, tuple(order)))
         is_elementwise = (name in self.backend.cheap or name in self.backend.expensive) and name not in _MOVING
         if is_elementwise and getattr(atom.aval, "shape", ()) != out.shape:
-            size = int(np.prod(out.shape)) * atom.aval.dtype.itemsize
-            return self._moved("broadcast_in_dim", source, size, step, out.shape)
+            return self._moved("broadcast_in_dim", source, out.update(dtype=atom.aval.dtype), step, out.shape)
         return source
 
-    def _moved(self, name: str, source: Any, size: int, step: Step, how: Any) -> Kernel:
+    def _moved(self, name: str, source: Any, aval: Any, step: Step, how: Any) -> Kernel:
         """A copy or a broadcast of an operand, made as soon as that is there."""
         remat = step.remat and id(step.remat)
         is_known = isinstance(source, Kernel)
-        within = (is_known and source.remat is step.remat)
-        at = source.at + 0.5 if within else self.begins[remat]
+        at = max(source.at + 0.5 if is_known else -1, self.begins[remat])
         if not is_known and name == "transpose":
             at = len(self.kernels) - 0.5
         key = name, id(source) if is_known else source, how, remat
         if key not in self.known:
             reads = [source] if is_known else []
-            self.known[key] = [self._kernel(Kernel(name, size, at, reads, None, True, step.remat))]
+            self.known[key] = [self._kernel(Kernel(name, nbytes(aval), _count(aval), at, reads, None, True, step.remat))]
         return self.known[key][0]
 
     # ------------------------------------------------------------------------------------------------ fusion
@@ -194,9 +195,10 @@ class _Run:
         clusters = {r.cluster for r in k.readers}
         if len(clusters) == 1 and not k.is_output and k.name in self.backend.absorbed:
             (cluster,) = clusters
-            if cluster and cluster.size < self.backend.limit and k.remat is cluster.remat:
+            size = 0 if k.name == "broadcast_in_dim" else 2 if k.name == "integer_pow" else 1
+            if cluster and cluster.size + size <= self.backend.limit and k.remat is cluster.remat:
                 k.cluster = cluster
-                cluster.size += 1
+                cluster.size += size
         if not k.cluster and (k.name in self.backend.reductions or k.is_grown):
             k.cluster = k
 
@@ -211,7 +213,7 @@ class _Run:
             self._join(k)
             fused = [self._fuses(k, reader) for reader in k.readers]
             k.is_materialised = k.is_output or not all(fused) or not k.readers
-            again = k.is_cheap and sum(r.bytes >= k.bytes and r.name != "broadcast_in_dim" for r in k.reads) <= 1
+            again = k.is_cheap and sum(r.count >= k.count and r.name != "broadcast_in_dim" for r in k.reads) <= 1
             for reader, is_fused in zip(k.readers, fused, strict=True):
                 when = max(reader.at if reader.is_materialised else -1, reader.through)
                 if is_fused and (not k.is_materialised or again):
@@ -251,6 +253,10 @@ def _same(step: Step) -> Value | None:
     if name == "max" and any(np.ndim(a.val) == 0 and a.val == -np.inf for a in eqn.invars if hasattr(a, "val")):
         return next(v for v in step.reads if v.argument != NUMBER)
     return None
+
+
+def _count(aval: Any) -> int:
+    return math.prod(getattr(aval, "shape", ()))
 
 
 def _order(eqn: Any, k: int) -> Sequence[int] | None:
