@@ -116,9 +116,10 @@ class _Run:
         for v in outputs:
             if v in self.of:
                 self.of[v].is_output = True
-        self.kernels.sort(key=lambda k: k.at)
-        for at, k in enumerate(self.kernels):
-            k.at = at
+        self._sort()
+        for k in self.kernels:
+            self._delay(k)
+        self._sort()
         self._fuse()
 
     def _add(self, step: Step) -> None:
@@ -175,6 +176,24 @@ class _Run:
             reads = [source] if is_known else []
             self.known[key] = [self._kernel(Kernel(name, nbytes(aval), _count(aval), at, reads, None, True, step.remat))]
         return self.known[key][0]
+
+    def _sort(self) -> None:
+        self.kernels.sort(key=lambda k: k.at)
+        for at, k in enumerate(self.kernels):
+            k.at = at
+
+    def _delay(self, k: Kernel) -> None:
+        """The gradient of weights runs after that of the input, where JAX has it before."""
+        ends = lambda k: k.is_output or all(r.is_output for r in k.readers)
+        if k.name not in ("dot_general", "conv_general_dilated") or not ends(k):
+            return
+        read = [r.reads[0] if r.name == "transpose" and r.reads else r for r in k.reads]
+        readers = [x for r in read for y in r.readers for x in (y.readers if y.name == "transpose" else [y])]
+        others = [x.at for x in readers if x.name == k.name and x.at > k.at and not ends(x)]
+        if others:
+            k.at = min(others) + 0.5
+            for r in k.readers:
+                r.at = max(r.at, k.at + 0.1)
 
     # ------------------------------------------------------------------------------------------------ fusion
 
