@@ -18,7 +18,7 @@ Sources: XLA's `instruction_fusion.cc` (what is expensive, what is duplicated), 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +87,6 @@ class Kernel:
     name: str
     bytes: int
     count: int
-    at: float
     reads: list[Kernel]
     step: Step | None = None
     is_cheap: bool = False
@@ -98,6 +97,7 @@ class Kernel:
     cluster: Kernel | None = None
     is_grown: bool = False
     size: int = 1
+    at: int = 0
     last: int = -1
     through: int = -1
 
@@ -110,22 +110,18 @@ class _Run:
         self.kernels: list[Kernel] = []
         self.of: dict[Value, Kernel] = {}
         self.known: dict[Any, list[Kernel]] = {}
-        self.begins: dict[Any, float] = {None: -1.0}
         for step in steps:
             self._add(step)
         for v in outputs:
             if v in self.of:
                 self.of[v].is_output = True
-        self._sort()
-        for k in self.kernels:
-            self._delay(k)
-        self._sort()
         self._fuse()
+        self._schedule()
+        self._live()
 
     def _add(self, step: Step) -> None:
         """The kernels of a step; none, if the same is computed before it."""
         eqn, name = step.eqn, step.eqn.primitive.name
-        self.begins.setdefault(step.remat and id(step.remat), len(self.kernels) - 0.5)
         same = _same(step)
         if same is not None:
             if same in self.of:
@@ -140,7 +136,7 @@ class _Run:
             sources = list(dict.fromkeys(r for r in reads if isinstance(r, Kernel)))
             is_cheap = name in self.backend.cheap or (name in ("div", "rem") and step.reads[1].argument == NUMBER)
             self.known[key] = [
-                self._kernel(Kernel(name, v.bytes, _count(v.aval), len(self.kernels), sources, step, is_cheap, step.remat))
+                self._kernel(Kernel(name, v.bytes, _count(v.aval), sources, step, is_cheap, step.remat))
                 for v in step.makes
             ]
         self.of.update(zip(step.makes, self.known[key], strict=True))
@@ -168,32 +164,11 @@ class _Run:
         """A copy or a broadcast of an operand, made as soon as that is there."""
         remat = step.remat and id(step.remat)
         is_known = isinstance(source, Kernel)
-        at = max(source.at + 0.5 if is_known else -1, self.begins[remat])
-        if not is_known and name == "transpose":
-            at = len(self.kernels) - 0.5
         key = name, id(source) if is_known else source, how, remat
         if key not in self.known:
             reads = [source] if is_known else []
-            self.known[key] = [self._kernel(Kernel(name, nbytes(aval), _count(aval), at, reads, None, True, step.remat))]
+            self.known[key] = [self._kernel(Kernel(name, nbytes(aval), _count(aval), reads, None, True, step.remat))]
         return self.known[key][0]
-
-    def _sort(self) -> None:
-        self.kernels.sort(key=lambda k: k.at)
-        for at, k in enumerate(self.kernels):
-            k.at = at
-
-    def _delay(self, k: Kernel) -> None:
-        """The gradient of weights runs after that of the input, where JAX has it before."""
-        ends = lambda k: k.is_output or all(r.is_output for r in k.readers)
-        if k.name not in ("dot_general", "conv_general_dilated") or not ends(k):
-            return
-        read = [r.reads[0] if r.name == "transpose" and r.reads else r for r in k.reads]
-        readers = [x for r in read for y in r.readers for x in (y.readers if y.name == "transpose" else [y])]
-        others = [x.at for x in readers if x.name == k.name and x.at > k.at and not ends(x)]
-        if others:
-            k.at = min(others) + 0.5
-            for r in k.readers:
-                r.at = max(r.at, k.at + 0.1)
 
     # ------------------------------------------------------------------------------------------------ fusion
 
@@ -222,7 +197,7 @@ class _Run:
             k.cluster = k
 
     def _fuse(self) -> None:
-        """Which kernels there are, and how long what they make is read. From the last to the first."""
+        """Which kernels there are. From the last to the first."""
         for k in self.kernels:
             grown = lambda r: len(r.readers) == 1 and (
                 r.is_grown or (k.name == "broadcast_in_dim" and r.name in self.backend.reductions)
@@ -232,10 +207,59 @@ class _Run:
             self._join(k)
             fused = [self._fuses(k, reader) for reader in k.readers]
             k.is_materialised = k.is_output or not all(fused) or not k.readers
+
+    def _schedule(self) -> None:
+        """The order in which kernels run: breadth first, each when all that it reads is there."""
+        entries: dict[int, list[Kernel]] = defaultdict(list)
+        outside: dict[int, set[Kernel]] = defaultdict(set)
+        for k in self.kernels:
+            others = {r for r in k.reads if r.remat is not k.remat} if k.remat else set()
+            if k.remat and (others or not k.reads):
+                entries[id(k.remat)].append(k)
+                outside[id(k.remat)] |= others
+        successors: dict[Kernel, list[Kernel]] = {k: list(k.readers) for k in self.kernels}
+        missing = {k: len(k.reads) for k in self.kernels}
+        for region, ks in entries.items():
+            for k in ks:
+                for r in outside[region] - set(k.reads):
+                    successors[r].append(k)
+                    missing[k] += 1
+        queue, done = deque(), []
+
+        def release(k):
+            ready = [k]
+            while ready:
+                k = ready.pop()
+                if k.is_materialised:
+                    queue.append(k)
+                else:
+                    done.append(k)
+                    ready += reached(k)
+
+        def reached(k):
+            for r in successors[k]:
+                missing[r] -= 1
+            return [r for r in dict.fromkeys(successors[k]) if not missing[r]]
+
+        for k in [k for k in self.kernels if not missing[k]]:
+            release(k)
+        while queue:
+            k = queue.popleft()
+            done.append(k)
+            for r in reached(k):
+                release(r)
+        assert len(done) == len(self.kernels)
+        self.kernels = done
+        for at, k in enumerate(done):
+            k.at = at
+
+    def _live(self) -> None:
+        """How long what each kernel makes is read."""
+        for k in reversed(self.kernels):
             again = k.is_cheap and sum(r.count >= k.count and r.name != "broadcast_in_dim" for r in k.reads) <= 1
-            for reader, is_fused in zip(k.readers, fused, strict=True):
+            for reader in k.readers:
                 when = max(reader.at if reader.is_materialised else -1, reader.through)
-                if is_fused and (not k.is_materialised or again):
+                if self._fuses(k, reader) and (not k.is_materialised or again):
                     k.through = max(k.through, when)
                 else:
                     k.last = max(k.last, when)
