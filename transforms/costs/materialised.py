@@ -91,7 +91,7 @@ _BROADCAST, _COPY = "broadcast_in_dim", "transpose"
 
 def temp_bytes(steps: Sequence[Step], outputs: Sequence[Value], backend: Backend) -> int:
     """The most bytes that the temporaries of a program hold at a time."""
-    return _Program(steps, outputs, backend).temp_bytes(_hosted=True)
+    return _Program(steps, outputs, backend).temp_bytes(is_inner=False)
 
 
 @dataclass(eq=False, slots=True)
@@ -272,7 +272,7 @@ class _Program:
                 missing[reader] -= 1
                 if not missing[reader]:
                     ready.append(reader)
-        self.kernels = [k for k in order if k.bytes >= 0]
+        self.kernels = [k for k in order if k.name != "barrier"]
         for at, k in enumerate(self.kernels):
             k.at = at
 
@@ -286,8 +286,9 @@ class _Program:
                 outside[id(k.remat)].update(dict.fromkeys(others))
                 if others or not k.reads:
                     entered[id(k.remat)].append(k)
-        for key, kernels in entered.items():
-            yield Kernel("barrier", -1, 0, list(outside[key]), is_materialised=False), kernels
+        for key, others in outside.items():
+            if others:
+                yield Kernel("barrier", 0, 0, list(others), is_materialised=False), entered[key]
 
     # ------------------------------------------------------------------------------------------------ buffers
 
@@ -303,9 +304,9 @@ class _Program:
                 else:
                     k.last = max(k.last, when)
 
-    def temp_bytes(self, _hosted: bool = False) -> int:
-        """The peak of live bytes. Results host temporaries if they are the program's."""
-        hosted = self._hosted() if _hosted else set()
+    def temp_bytes(self, is_inner: bool = True) -> int:
+        """The peak of live bytes."""
+        hosted = set() if is_inner else self._hosted()
         dying = defaultdict[int, list[Kernel]](list)
         for k in self.kernels:
             if k.temp_bytes and k not in hosted:
