@@ -86,6 +86,7 @@ BACKENDS = {
     ),
 }
 _MOVING = _names(_MOVES)
+_IN_PLACE = _names("sort dynamic_update_slice scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max")
 _BROADCAST, _COPY = "broadcast_in_dim", "transpose"
 
 
@@ -132,6 +133,11 @@ class Kernel:
     @property
     def end(self) -> int:
         return max(self.at, self.last)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it may write over an operand."""
+        return (self.is_elementwise and self.name not in _MOVING) or self.name in _IN_PLACE
 
 
 class _Program:
@@ -212,8 +218,8 @@ class _Program:
         """Which kernels are drawn in by reductions, and which are materialised."""
         backend = self.backend
         for k in self.kernels:
-            follows = lambda r: len(r.readers) == 1 and (
-                r.follows_reduction or (k.name == _BROADCAST and r.name in backend.reductions)
+            follows = lambda r: (
+                len(r.readers) == 1 and (r.follows_reduction or (k.name == _BROADCAST and r.name in backend.reductions))
             )
             k.follows_reduction = (k.name in backend.drawn or k.name == _BROADCAST) and any(map(follows, k.reads))
         for k in reversed(self.kernels):
@@ -318,8 +324,8 @@ class _Program:
             if k.step and k.step.bodies and id(k.step) not in inside:
                 bodies = [_Program(b.steps, b.outputs, self.backend).temp_bytes() * b.copies for b in k.step.bodies]
                 inside[id(k.step)] = k.step.kept_bytes + max(bodies)
-            is_in_place = k.is_elementwise and any(d.bytes == new and d is not k for d in dying[k.at])
-            most = max(most, live + inside.get(id(k.step), 0) + (0 if is_in_place else new))
+            is_over = k.is_in_place and any(d.bytes == new and d is not k for d in dying[k.at])
+            most = max(most, live + inside.get(id(k.step), 0) + (0 if is_over else new))
             live += new - sum(d.bytes for d in dying[k.at])
         return most
 
@@ -334,7 +340,7 @@ class _Program:
                 break
             for i in range(bisect.bisect_left(sizes, k.bytes), len(results)):
                 r = results[i]
-                is_free = k.end < r.at or (k.end == r.at and r.is_elementwise and k.bytes == r.bytes)
+                is_free = k.end < r.at or (k.end == r.at and r.is_in_place and k.bytes == r.bytes)
                 if is_free and all(end < k.at or k.end < start for start, end in busy[i]):
                     busy[i].append((k.at, k.end))
                     found.add(k)
