@@ -161,7 +161,7 @@ def unet(wrap: Wrap, levels=3, channels=16, size=64, batch=8):
 
     pair = lambda i, o: {"a": array(3, 3, i, o), "b": array(3, 3, o, o)}
     c = [channels * 2**k for k in range(levels + 1)]
-    params = {"down": [pair(i, o) for i, o in zip([3, *c], c[:-1])], "middle": pair(c[-2], c[-1])}
+    params = {"down": [pair(i, o) for i, o in zip([3, *c[:-2]], c[:-1], strict=True)], "middle": pair(c[-2], c[-1])}
     params["up"] = [pair(low + high, high) for high, low in zip(c[-2::-1], c[:0:-1], strict=True)]
     params["head"] = array(1, 1, channels, 3)
     image = array(batch, size, size, 3)

@@ -2,8 +2,8 @@
 
 XLA fuses operations into kernels, and only what one kernel hands to another has memory. The model goes the same way:
 
-1. Kernels. The same operation on the same operands is there once, but for what a backward pass computes again behind a barrier. Numbers
-   and smaller arrays are broadcast to what they meet. A product or convolution whose operand has its axes in
+1. Kernels. The same operation on the same operands is there once, but for what a backward pass computes again behind a barrier.
+   Numbers and smaller arrays are broadcast to what they meet. A product or convolution whose operand has its axes in
    an order that the library does not take reads a copy.
 2. Fusion. What is computed element by element is computed where it is read, as often as it is read. It is *materialised* where a
    library call (product, convolution, sort …) reads it, and where it is expensive (exp, tanh …) and has several
@@ -80,7 +80,7 @@ BACKENDS = {
         limit=74,
         has_barriers=jax.__version_info__ >= (0, 11),
     ),
-    # Not measured yet. On GPUs nothing elementwise is expensive, and reductions are fused with what is computed element by element.
+    # Not measured yet. On GPUs nothing elementwise is expensive, and reductions draw in all of it.
     "gpu": Backend(
         _names(_CHEAP, _MOVES, _EXPENSIVE), frozenset(), _names(_REDUCTIONS), _names(_CHEAP, _EXPENSIVE), limit=1000
     ),
@@ -128,10 +128,12 @@ class Kernel:
 
     @property
     def temp_bytes(self) -> int:
+        """The bytes of its value, if that is a temporary."""
         return 0 if self.is_output or not self.is_materialised else self.bytes
 
     @property
     def end(self) -> int:
+        """When its value is needed last."""
         return max(self.at, self.last)
 
     @property
@@ -333,19 +335,22 @@ class _Program:
         """The temporaries that find room in the memory of a result before that is written, the largest first."""
         results = sorted((k for k in self.kernels if k.is_output and k.bytes), key=lambda k: k.bytes)
         sizes = [r.bytes for r in results]
-        busy: list[list[tuple[int, int]]] = [[] for _ in results]
+        guests: list[list[Kernel]] = [[] for _ in results]
         found = set()
         for k in sorted(self.kernels, key=lambda k: -k.temp_bytes):
             if not k.temp_bytes:
                 break
             for i in range(bisect.bisect_left(sizes, k.bytes), len(results)):
-                r = results[i]
-                is_free = k.end < r.at or (k.end == r.at and r.is_in_place and k.bytes == r.bytes)
-                if is_free and all(end < k.at or k.end < start for start, end in busy[i]):
-                    busy[i].append((k.at, k.end))
+                if _makes_room(k, results[i]) and all(_makes_room(k, o) or _makes_room(o, k) for o in guests[i]):
+                    guests[i].append(k)
                     found.add(k)
                     break
         return found
+
+
+def _makes_room(k: Kernel, later: Kernel) -> bool:
+    """Whether `later` may have the memory of `k`."""
+    return k.end < later.at or (k.end == later.at and later.is_in_place and k.bytes == later.bytes)
 
 
 def _identity(operand: Any) -> Any:
