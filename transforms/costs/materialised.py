@@ -334,15 +334,18 @@ class _Program:
     def _hosted(self) -> set[Kernel]:
         """The temporaries that find room in the memory of a result before that is written, the largest first."""
         results = sorted((k for k in self.kernels if k.is_output and k.bytes), key=lambda k: k.bytes)
-        sizes = [r.bytes for r in results]
+        sizes, written = [r.bytes for r in results], [r.at for r in results]
         guests: list[list[Kernel]] = [[] for _ in results]
         found = set()
         for k in sorted(self.kernels, key=lambda k: -k.temp_bytes):
             if not k.temp_bytes:
                 break
             for i in range(bisect.bisect_left(sizes, k.bytes), len(results)):
-                if _makes_room(k, results[i]) and all(_makes_room(k, o) or _makes_room(o, k) for o in guests[i]):
-                    guests[i].append(k)
+                if written[i] < k.end or not _makes_room(k, results[i]):
+                    continue
+                j = bisect.bisect(guests[i], k.at, key=lambda other: other.at)
+                if all(_makes_room(k, o) or _makes_room(o, k) for o in guests[i][max(j - 1, 0) : j + 1]):
+                    guests[i].insert(j, k)
                     found.add(k)
                     break
         return found
