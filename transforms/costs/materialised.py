@@ -132,11 +132,6 @@ class Kernel:
         return 0 if self.is_output or not self.is_materialised else self.bytes
 
     @property
-    def end(self) -> int:
-        """When its value is needed last."""
-        return max(self.at, self.last)
-
-    @property
     def is_in_place(self) -> bool:
         """Whether it may write over an operand."""
         return (self.is_elementwise and self.name not in _MOVING) or self.name in _IN_PLACE
@@ -303,6 +298,7 @@ class _Program:
     def _live(self) -> None:
         """How long each value is read, from the last kernel to the first."""
         for k in reversed(self.kernels):
+            k.last = k.at
             # What has one operand of its size is computed again rather than read, even if it is there.
             again = k.is_cheap and sum(r.count >= k.count and r.name != _BROADCAST for r in k.reads) <= 1
             for reader in k.readers:
@@ -318,7 +314,7 @@ class _Program:
         dying = defaultdict[int, list[Kernel]](list)
         for k in self.kernels:
             if k.temp_bytes and k not in hosted:
-                dying[k.end].append(k)
+                dying[k.last].append(k)
         live = most = 0
         inside: dict[int, int] = {}
         for k in self.kernels:
@@ -336,15 +332,18 @@ class _Program:
         results = sorted((k for k in self.kernels if k.is_output and k.bytes), key=lambda k: k.bytes)
         sizes, written = [r.bytes for r in results], [r.at for r in results]
         guests: list[list[Kernel]] = [[] for _ in results]
+        starts: list[list[int]] = [[] for _ in results]
         found = set()
         for k in sorted(self.kernels, key=lambda k: -k.temp_bytes):
             if not k.temp_bytes:
                 break
             for i in range(bisect.bisect_left(sizes, k.bytes), len(results)):
-                if written[i] < k.end or not _makes_room(k, results[i]):
+                if written[i] <= k.last and not _makes_room(k, results[i]):
                     continue
-                j = bisect.bisect(guests[i], k.at, key=lambda other: other.at)
-                if all(_makes_room(k, o) or _makes_room(o, k) for o in guests[i][max(j - 1, 0) : j + 1]):
+                j = bisect.bisect(starts[i], k.at)
+                before, after = guests[i][max(j - 1, 0) : j], guests[i][j : j + 1]
+                if (not after or _makes_room(k, after[0])) and (not before or _makes_room(before[0], k)):
+                    starts[i].insert(j, k.at)
                     guests[i].insert(j, k)
                     found.add(k)
                     break
@@ -353,7 +352,7 @@ class _Program:
 
 def _makes_room(k: Kernel, later: Kernel) -> bool:
     """Whether `later` may have the memory of `k`."""
-    return k.end < later.at or (k.end == later.at and later.is_in_place and k.bytes == later.bytes)
+    return k.last < later.at or (k.last == later.at and later.is_in_place and k.bytes == later.bytes)
 
 
 def _identity(operand: Any) -> Any:
