@@ -65,7 +65,10 @@ class Body:
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """An equation that runs `times` times at `path`. Its work, done once, is None where it is unknown, or that of its bodies."""
+    """An equation that runs `times` times at `path`. Its work, done once, is None where it is unknown, or that of its bodies.
+
+    `remat` is the outermost equation of a backward pass that computes it again, behind a barrier.
+    """
 
     eqn: Any
     path: Path
@@ -75,6 +78,7 @@ class Step:
     work: Work | None = None
     bodies: list[Body] = field(default_factory=list)
     kept_bytes: int = 0  # what it holds inside while it runs
+    remat: Any = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,9 @@ class Unfolding:
             elif eqn.primitive.name in _CALLS:
                 body = layouts.bodies(eqn)[0].jaxpr.jaxpr
                 inner, makes = self.unfolded(body, [*map(_constant, body.constvars), *reads], path_of, times)
+                if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
+                    for step in inner:
+                        step.remat = eqn
                 steps += inner
             else:
                 makes = [Value(v.aval, nbytes(v.aval), eqn, path_of) for v in eqn.outvars]

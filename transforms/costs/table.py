@@ -18,6 +18,7 @@ from ..errors import ArgumentError, OptionError
 from ..graph import Graph, trace
 from ..selecting import BACKWARD, Path
 from .machines import Machine
+from .materialised import BACKENDS, temp_bytes
 from .operations import Work
 from .steps import Branches, Step, Unfolding, Value, leaves
 from .timeline import Timeline, simulated
@@ -197,6 +198,15 @@ class Cost:
         """The most bytes that are alive at a time, arguments among them, if nothing is fused; see `timeline`."""
         return self.timeline().peak.live_bytes
 
+    @cached_property
+    def temp_bytes(self) -> int:
+        """The bytes of temporaries that XLA is predicted to need on the default backend, as `memory_analysis` counts them.
+
+        Arguments and results are not among them; loops hold a trip. TPUs count as GPUs. See `materialised` for the model.
+        """
+        _, steps, outputs = self.program
+        return temp_bytes(steps, outputs, BACKENDS.get(jax.default_backend(), BACKENDS["gpu"]))
+
     def dict(self, depth: int | None = None) -> dict[str, Any]:
         """All of it as plain Python values, for JSON."""
         groups = {
@@ -208,6 +218,7 @@ class Cost:
             **dataclasses.asdict(self.work),
             "parameters": self.parameters,
             "peak_bytes": self.peak_bytes,
+            "temp_bytes": self.temp_bytes,
             "unknown": self.unknown,
             "endless": list(self.endless),
             "forward": dataclasses.asdict(self.forward.work),

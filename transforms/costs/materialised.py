@@ -1,0 +1,393 @@
+"""What XLA keeps in memory: `temp_bytes`, its temporaries as predicted from the jaxpr, before anything is compiled.
+
+XLA fuses operations into kernels, and only what one kernel hands to another has memory. The model goes the same way:
+
+1. Kernels. The same operation on the same operands is there once, but for what a backward pass computes again behind a barrier.
+   Numbers and smaller arrays are broadcast to what they meet. A product or convolution whose operand has its axes in
+   an order that the library does not take reads a copy.
+2. Fusion. What is computed element by element is computed where it is read, as often as it is read. It is *materialised* where a
+   library call (product, convolution, sort …) reads it, and where it is expensive (exp, tanh …) and has several
+   readers. A reduction draws in what only it reads, up to a number of operations; what it shares with others,
+   broadcast numbers too, is materialised.
+3. Schedule. Breadth first: a kernel runs in the order in which its operands come to be there.
+4. Buffers. A value is alive until the last kernel that reads it, or that reads what is fused from it. A kernel writes over an
+   operand of its size that dies with it. Results are the caller's memory, in which earlier temporaries find room. A
+   loop holds its carry and its stacks outside of its body and updates them in place.
+
+Sources: XLA's instruction_fusion.cc (what is expensive, and what may be duplicated), buffer_assignment.cc, and the buffers
+that `--xla_dump_to` lists for the programs of tests/trainings.py.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from .operations import nbytes
+from .steps import NUMBER, Step, Value
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What one backend of XLA fuses.
+
+    Attributes:
+      cheap: primitives that are computed where they are read, however often.
+      expensive: those that are computed where they are read, if that is one place.
+      reductions: those that draw in what only they read.
+      drawn: what they draw in; broadcasts too.
+      limit: how many operations they draw in.
+      has_barriers: whether what a backward pass computes again is kept apart.
+    """
+
+    cheap: frozenset[str]
+    expensive: frozenset[str]
+    reductions: frozenset[str]
+    drawn: frozenset[str]
+    limit: int
+    has_barriers: bool = True
+
+
+def _names(*texts: str) -> frozenset[str]:
+    return frozenset(" ".join(texts).split())
+
+
+_MOVES = "broadcast_in_dim broadcast_to transpose rev pad slice split dynamic_slice gather"
+_CHEAP = """add sub add_any neg mul square integer_pow one_minus_square max min clamp sign abs floor ceil round is_finite eq ne lt
+le gt ge eq_to lt_to le_to and or xor not select_n population_count clz shift_left shift_right_logical shift_right_arithmetic
+convert_element_type reduce_precision real imag complex conj copy copy_p iota"""
+_EXPENSIVE = """div rem exp exp2 expm1 log log1p log2 sqrt rsqrt cbrt pow logistic sin cos tan asin acos atan atan2 sinh cosh tanh
+asinh acosh atanh erf erfc erf_inv nextafter"""
+_REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor"
+_YNN = """add sub add_any neg mul square integer_pow max min abs exp tanh div sqrt rsqrt log convert_element_type dot_general
+reduce_sum reduce_max"""
+
+BACKENDS = {
+    # XLA:CPU hands clusters of operations to a library, YNNPACK, of which it knows no temporaries. Up to JAX 0.10
+    # it lost the barriers of jax.checkpoint outside of loops.
+    "cpu": Backend(
+        _names(_CHEAP, _MOVES),
+        _names(_EXPENSIVE),
+        _names(_REDUCTIONS),
+        _names(_YNN),
+        limit=74,
+        has_barriers=jax.__version_info__ >= (0, 11),
+    ),
+    # Not measured yet. On GPUs nothing elementwise is expensive, and reductions draw in all of it.
+    "gpu": Backend(
+        _names(_CHEAP, _MOVES, _EXPENSIVE), frozenset(), _names(_REDUCTIONS), _names(_CHEAP, _EXPENSIVE), limit=1000
+    ),
+}
+_MOVING = _names(_MOVES)
+_IN_PLACE = _names("sort dynamic_update_slice scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max")
+_BROADCAST, _COPY = "broadcast_in_dim", "transpose"
+
+
+def temp_bytes(steps: Sequence[Step], outputs: Sequence[Value], backend: Backend) -> int:
+    """The most bytes that the temporaries of a program hold at a time."""
+    return _Program(steps, outputs, backend).temp_bytes(is_inner=False)
+
+
+@dataclass(eq=False, slots=True)
+class Kernel:
+    """What makes one value: a kernel of its own if the value is materialised, or else a part of its readers.
+
+    Attributes:
+      bytes, count: of its value, and how many elements that has.
+      reads: the kernels that make its operands; arguments are not among them.
+      remat: of a value that is computed again, the equation that does it.
+      cluster: the reduction that draws it in.
+      at: its place in the order in which kernels run.
+      last: when its value is read last; `inlined`: when it is computed last as a part of others.
+    """
+
+    name: str
+    bytes: int
+    count: int
+    reads: list[Kernel]
+    step: Step | None = None
+    remat: Any = None
+    is_cheap: bool = False
+    is_elementwise: bool = False
+    readers: list[Kernel] = field(default_factory=list)
+    is_output: bool = False
+    is_materialised: bool = True
+    follows_reduction: bool = False
+    cluster: Kernel | None = None
+    drawn: int = 0
+    at: int = 0
+    last: int = -1
+    inlined: int = -1
+
+    @property
+    def temp_bytes(self) -> int:
+        """The bytes of its value, if that is a temporary."""
+        return 0 if self.is_output or not self.is_materialised else self.bytes
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it may write over an operand."""
+        return (self.is_elementwise and self.name not in _MOVING) or self.name in _IN_PLACE
+
+
+class _Program:
+    """Steps as kernels."""
+
+    def __init__(self, steps: Sequence[Step], outputs: Sequence[Value], backend: Backend):
+        self.backend = backend
+        self.kernels: list[Kernel] = []
+        self.of: dict[Value, Kernel] = {}
+        self.known: dict[Any, list[Kernel]] = {}
+        for step in steps:
+            self._add(step)
+        for v in outputs:
+            if v in self.of:
+                self.of[v].is_output = True
+        self._fuse()
+        self._schedule()
+        self._live()
+
+    # ------------------------------------------------------------------------------------------------ kernels
+
+    def _add(self, step: Step) -> None:
+        """The kernels of a step; none, if the same is computed before it."""
+        name, eqn, backend = step.eqn.primitive.name, step.eqn, self.backend
+        same = _returned(step)
+        if same is not None:
+            if same in self.of:
+                self.of[step.makes[0]] = self.of[same]
+            return
+        is_elementwise = name in backend.cheap or name in backend.expensive
+        operands = [self._operand(step, k, is_elementwise) for k in range(len(step.reads))]
+        reads = list(dict.fromkeys(r for r in operands if isinstance(r, Kernel)))
+        remat = step.remat if backend.has_barriers else None
+        key: Any = id(step)
+        if is_elementwise or name in backend.reductions:
+            key = name, *map(_identity, operands), id(remat), str(eqn.params), str(eqn.outvars[0].aval)
+        if key not in self.known:
+            # By a number, a division is a product.
+            is_cheap = name in backend.cheap or (name in ("div", "rem") and step.reads[1].argument == NUMBER)
+            made = [(v.bytes, _count(v.aval)) for v in step.makes] or [(0, 0)]
+            self.known[key] = [
+                self._kernel(Kernel(name, *size, reads, step, remat, is_cheap, is_elementwise)) for size in made
+            ]
+        self.of.update(zip(step.makes, self.known[key], strict=False))
+
+    def _kernel(self, kernel: Kernel) -> Kernel:
+        for k in kernel.reads:
+            k.readers.append(kernel)
+        self.kernels.append(kernel)
+        return kernel
+
+    def _operand(self, step: Step, k: int, is_elementwise: bool) -> Any:
+        """The kernel that makes an operand as the step takes it, or what identifies the argument or number that it is."""
+        v, atom = step.reads[k], step.eqn.invars[k]
+        source = str(atom.val) if v.argument == NUMBER and hasattr(atom, "val") else self.of.get(v, v)
+        order = _order(step.eqn, k)
+        if order is not None and _is_moved(order, atom.aval.shape):
+            return self._moved(_COPY, source, atom.aval, step, order)
+        if is_elementwise and step.eqn.primitive.name not in _MOVING:
+            shape = step.eqn.outvars[0].aval.shape
+            if getattr(atom.aval, "shape", shape) != shape:
+                return self._moved(_BROADCAST, source, atom.aval.update(shape=shape), step, shape)
+        return source
+
+    def _moved(self, name: str, source: Any, aval: Any, step: Step, how: Sequence[int]) -> Kernel:
+        """A copy in another order of axes, or a broadcast; one for all that read it."""
+        remat = step.remat if self.backend.has_barriers else None
+        key = name, _identity(source), str(aval), tuple(how), id(remat)
+        if key not in self.known:
+            reads = [source] if isinstance(source, Kernel) else []
+            moved = Kernel(name, nbytes(aval), _count(aval), reads, None, remat, True, True)
+            self.known[key] = [self._kernel(moved)]
+        return self.known[key][0]
+
+    # ------------------------------------------------------------------------------------------------ fusion
+
+    def _fuse(self) -> None:
+        """Which kernels are drawn in by reductions, and which are materialised."""
+        backend = self.backend
+        for k in self.kernels:
+            follows = lambda r: (
+                len(r.readers) == 1 and (r.follows_reduction or (k.name == _BROADCAST and r.name in backend.reductions))
+            )
+            k.follows_reduction = (k.name in backend.drawn or k.name == _BROADCAST) and any(map(follows, k.reads))
+        for k in reversed(self.kernels):
+            self._draw(k)
+            k.is_materialised = (
+                k.is_output or not k.readers or not all(self._is_fused(k, reader) for reader in k.readers)
+            )
+
+    def _draw(self, k: Kernel) -> None:
+        """Find the cluster of `k`: that of all its readers, if it is one and has room."""
+        clusters = {r.cluster for r in k.readers}
+        cluster = clusters.pop() if len(clusters) == 1 else None
+        if cluster and not k.is_output and k.remat is cluster.remat:
+            operations = {_BROADCAST: 0, "integer_pow": 2}.get(k.name, 1)  # of XLA's
+            if k.name == _BROADCAST or (
+                k.name in self.backend.drawn and cluster.drawn + operations < self.backend.limit
+            ):
+                k.cluster = cluster
+                cluster.drawn += operations
+                return
+        if k.name in self.backend.reductions or k.follows_reduction:
+            k.cluster = k
+
+    def _is_fused(self, k: Kernel, reader: Kernel) -> bool:
+        """Whether `reader` computes `k` itself."""
+        if reader.remat is not None and k.remat is not reader.remat:
+            return False  # a barrier lies between them
+        if reader.cluster:
+            return k.cluster is reader.cluster
+        if not (k.is_elementwise and reader.is_elementwise):
+            return False
+        return k.is_cheap or (len(k.readers) == 1 and reader.name not in _MOVING)
+
+    # ------------------------------------------------------------------------------------------------ schedule
+
+    def _schedule(self) -> None:
+        """Sort the kernels as they run: breadth first."""
+        after = {k: list(k.readers) for k in self.kernels}
+        missing = {k: len(k.reads) for k in self.kernels}
+        for barrier, entered in self._barriers():
+            after[barrier], missing[barrier] = entered, len(barrier.reads)
+            for k in barrier.reads:
+                after[k].append(barrier)
+            for k in entered:
+                missing[k] += 1
+        order: list[Kernel] = []
+        running = deque[Kernel]()
+        ready = [k for k in reversed(self.kernels) if not missing[k]]
+        while ready or running:
+            if ready and ready[-1].is_materialised:
+                running.append(ready.pop())
+                continue
+            k = ready.pop() if ready else running.popleft()
+            order.append(k)
+            for reader in reversed(after[k]):
+                missing[reader] -= 1
+                if not missing[reader]:
+                    ready.append(reader)
+        self.kernels = [k for k in order if k.name != "barrier"]
+        for at, k in enumerate(self.kernels):
+            k.at = at
+
+    def _barriers(self) -> Iterator[tuple[Kernel, list[Kernel]]]:
+        """Of each backward pass that computes again: a stand-in for its barrier, and the kernels behind it."""
+        outside = defaultdict[Any, dict[Kernel, None]](dict)
+        entered = defaultdict[Any, list[Kernel]](list)
+        for k in self.kernels:
+            if k.remat is not None:
+                others = [r for r in k.reads if r.remat is not k.remat]
+                outside[id(k.remat)].update(dict.fromkeys(others))
+                if others or not k.reads:
+                    entered[id(k.remat)].append(k)
+        for key, others in outside.items():
+            if others:
+                yield Kernel("barrier", 0, 0, list(others), is_materialised=False), entered[key]
+
+    # ------------------------------------------------------------------------------------------------ buffers
+
+    def _live(self) -> None:
+        """How long each value is read, from the last kernel to the first."""
+        for k in reversed(self.kernels):
+            k.last = k.at
+            # What has one operand of its size is computed again rather than read, even if it is there.
+            again = k.is_cheap and sum(r.count >= k.count and r.name != _BROADCAST for r in k.reads) <= 1
+            for reader in k.readers:
+                when = max(reader.at if reader.is_materialised else -1, reader.inlined)
+                if self._is_fused(k, reader) and (again or not k.is_materialised):
+                    k.inlined = max(k.inlined, when)
+                else:
+                    k.last = max(k.last, when)
+
+    def temp_bytes(self, is_inner: bool = True) -> int:
+        """The peak of live bytes."""
+        hosted = set() if is_inner else self._hosted()
+        dying = defaultdict[int, list[Kernel]](list)
+        for k in self.kernels:
+            if k.temp_bytes and k not in hosted:
+                dying[k.last].append(k)
+        live = most = 0
+        inside: dict[int, int] = {}
+        for k in self.kernels:
+            new = 0 if k in hosted else k.temp_bytes
+            if k.step and k.step.bodies and id(k.step) not in inside:
+                bodies = [_Program(b.steps, b.outputs, self.backend).temp_bytes() * b.copies for b in k.step.bodies]
+                inside[id(k.step)] = k.step.kept_bytes + max(bodies)
+            is_over = k.is_in_place and any(d.bytes == new and d is not k for d in dying[k.at])
+            most = max(most, live + inside.get(id(k.step), 0) + (0 if is_over else new))
+            live += new - sum(d.bytes for d in dying[k.at])
+        return most
+
+    def _hosted(self) -> set[Kernel]:
+        """The temporaries that find room in the memory of a result before that is written, the largest first."""
+        results = sorted((k for k in self.kernels if k.is_output and k.bytes), key=lambda k: k.bytes)
+        sizes, written = [r.bytes for r in results], [r.at for r in results]
+        guests: list[list[Kernel]] = [[] for _ in results]
+        starts: list[list[int]] = [[] for _ in results]
+        found = set()
+        for k in sorted(self.kernels, key=lambda k: -k.temp_bytes):
+            if not k.temp_bytes:
+                break
+            for i in range(bisect.bisect_left(sizes, k.bytes), len(results)):
+                if written[i] <= k.last and not _makes_room(k, results[i]):
+                    continue
+                j = bisect.bisect(starts[i], k.at)
+                before, after = guests[i][max(j - 1, 0) : j], guests[i][j : j + 1]
+                if (not after or _makes_room(k, after[0])) and (not before or _makes_room(before[0], k)):
+                    starts[i].insert(j, k.at)
+                    guests[i].insert(j, k)
+                    found.add(k)
+                    break
+        return found
+
+
+def _makes_room(k: Kernel, later: Kernel) -> bool:
+    """Whether `later` may have the memory of `k`."""
+    return k.last < later.at or (k.last == later.at and later.is_in_place and k.bytes == later.bytes)
+
+
+def _identity(operand: Any) -> Any:
+    return operand if isinstance(operand, str) else id(operand)
+
+
+def _count(aval: Any) -> int:
+    return math.prod(getattr(aval, "shape", ()))
+
+
+def _returned(step: Step) -> Value | None:
+    """The operand that a step returns as it is, if it does: with an axis of size 1, or its maximum with -inf."""
+    name, eqn = step.eqn.primitive.name, step.eqn
+    if name == _BROADCAST and step.reads[0].argument != NUMBER and step.reads[0].bytes == step.makes[0].bytes:
+        return step.reads[0]
+    if name == "max" and any(np.ndim(a.val) == 0 and a.val == -np.inf for a in eqn.invars if hasattr(a, "val")):
+        return next((v for v in step.reads if v.argument != NUMBER), None)
+    return None
+
+
+def _order(eqn: Any, k: int) -> Sequence[int] | None:
+    """The order of axes in which a library call takes its operand; None for any."""
+    if eqn.primitive.name == "dot_general":
+        contracted, batch = (sides[k] for sides in eqn.params["dimension_numbers"])
+        free = [d for d in range(eqn.invars[k].aval.ndim) if d not in contracted and d not in batch]
+        if tuple(batch) == tuple(range(len(batch))) and len(contracted) == 1 and len(free) <= 1:
+            return None  # it takes a matrix and its transpose
+        return [*batch, *free, *contracted] if k == 0 else [*batch, *contracted, *free]
+    if eqn.primitive.name == "conv_general_dilated":
+        first, second, *space = eqn.params["dimension_numbers"][k]
+        return [first, *space, second] if k == 0 else [*space, second, first]
+    return None
+
+
+def _is_moved(order: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether axes change places, but for those of size 1."""
+    kept = [d for d in order if shape[d] != 1]
+    return kept != sorted(kept)
