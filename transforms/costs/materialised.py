@@ -289,9 +289,9 @@ class _Program:
                 outside[id(k.remat)].update(dict.fromkeys(others))
                 if others or not k.reads:
                     entered[id(k.remat)].append(k)
-        for key, others in outside.items():
-            if others:
-                yield Kernel("barrier", 0, 0, list(others), is_materialised=False), entered[key]
+        for key, reads in outside.items():
+            if reads:
+                yield Kernel("barrier", 0, 0, list(reads), is_materialised=False), entered[key]
 
     # ------------------------------------------------------------------------------------------------ buffers
 
