@@ -90,14 +90,19 @@ def run(quick: bool) -> list[dict[str, Any]]:
         steps = 100 if quick else 1_000
         ways = lambda steps=steps: (by_funcgrad(matmul, fg.Loops()), by_scan(matmul, steps))
         rows += measured(matmul, floats, [steps], "scan", ways, arguments(matmul, floats), quick)
-    if quick:  # what follows takes long to compile
-        return rows
+    return rows if quick else rows + of_lanes_and_second_order(64, quick)  # these take long to compile
+
+
+def of_lanes_and_second_order(lanes: int, quick: bool) -> list[dict[str, Any]]:
+    """A batch of unequal loops beside equinox, and the gradient of a gradient beside the gradient."""
     w, x = arguments(matmul, 1024)
     batched = lambda f: jax.jit(jax.vmap(f, (None, 0, 0)))
-    ways = lambda: (batched(by_funcgrad(matmul, few)), batched(by_equinox(matmul, CHECKPOINTS)))
-    rows += measured(matmul, 1024, [4 * np.arange(1, 65)], "lanes", ways, (w, jnp.stack([x] * 64)), quick)
-    rows += measured(elementwise, 1024, [100], "first order", of_second_order, arguments(elementwise, 1024), quick)
-    return rows
+    ways = lambda: (batched(by_funcgrad(matmul, fg.Loops(28, 16))), batched(by_equinox(matmul, CHECKPOINTS)))
+    steps, states = 4 * np.arange(1, lanes + 1), jnp.stack([x] * lanes)
+    rows = measured(matmul, 1024, [steps], "lanes", ways, (w, states), quick)
+    return rows + measured(
+        elementwise, 1024, [100], "first order", of_second_order, arguments(elementwise, 1024), quick
+    )
 
 
 def of_second_order() -> tuple[Callable, Callable]:

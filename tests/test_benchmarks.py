@@ -67,6 +67,14 @@ def test_rows_are_sensible(quick, name):
     assert all(isinstance(figure["is_met"], bool) for figure in figures)
 
 
+def test_rows_of_loops_that_a_quick_run_leaves_out():
+    rows = loops.of_lanes_and_second_order(4, quick=True)
+    assert [row["beside"] for row in rows] == ["lanes", "first order"]
+    for row in rows:
+        assert row.keys() == loops.COLUMNS.keys()
+        assert all(math.isfinite(x) and x > 0 for x in row.values() if isinstance(x, float))
+
+
 def test_what_is_counted_meets_its_target(quick):
     figures = {f["name"]: f for part in quick[1]["parts"].values() for f in part["figures"]}
     counted = [f for name, f in figures.items() if "programs of other" in name]
