@@ -9,6 +9,7 @@ from .compilation import jit
 from .costs import Cost, Machine, Timeline, cost, machine
 from .errors import (
     ArgumentError,
+    BudgetError,
     DataError,
     DuplicateRule,
     FuncgradError,
@@ -44,6 +45,7 @@ from .selecting import Site, op
 
 __all__ = [
     "ArgumentError",
+    "BudgetError",
     "Cost",
     "DataError",
     "DuplicateRule",

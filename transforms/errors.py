@@ -48,6 +48,16 @@ class GraphError(FuncgradError, ValueError):
     """A graph is not well formed."""
 
 
+class BudgetError(FuncgradError, MemoryError):
+    """No program that was found stays within the memory that was given.
+
+    Attributes:
+      smallest: bytes of temporaries of the smallest one.
+    """
+
+    smallest: int = 0
+
+
 class RetraceError(FuncgradError, RuntimeError):
     """A compiled function was traced more often than `max_retraces` allows."""
 
