@@ -48,7 +48,7 @@ class GraphError(FuncgradError, ValueError):
     """A graph is not well formed."""
 
 
-class BudgetError(FuncgradError, MemoryError):
+class BudgetError(FuncgradError, ValueError):
     """No program that was found stays within the memory that was given.
 
     Attributes:
