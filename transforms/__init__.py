@@ -5,6 +5,7 @@ from . import _jax
 _jax.hide(__path__[0])
 
 from .batching import vmap
+from .budgets import Plan
 from .compilation import jit
 from .costs import Cost, Machine, Timeline, cost, machine
 from .errors import (
@@ -30,6 +31,7 @@ from .gradient import (
     jacrev,
     jvp,
     linearize,
+    plan,
     value_and_grad,
     vjp,
 )
@@ -59,6 +61,7 @@ __all__ = [
     "NotFiniteError",
     "NotScalarError",
     "OptionError",
+    "Plan",
     "Replaced",
     "Residual",
     "RetraceError",
@@ -81,6 +84,7 @@ __all__ = [
     "machine",
     "op",
     "patch",
+    "plan",
     "replace",
     "rewrite",
     "tap",

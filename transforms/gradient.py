@@ -19,6 +19,7 @@ from jax.tree_util import keystr, tree_flatten, tree_leaves, tree_leaves_with_pa
 
 from . import _jax
 from .arguments import argument_names, name_of
+from .budgets import Plan, budgeted, planned
 from .errors import ArgumentError, GraphError, NotScalarError, OptionError, location
 from .graph import Graph, trace
 from .living import live
@@ -56,9 +57,13 @@ def differentiable(f: Callable, *, rules: UserRules | None = None, loops: Loops 
     >>> jax.grad(differentiable(lambda x: 3 * lax.round(x), rules={lax.round_p: straight_through}))(0.7)
     Array(3., dtype=float32, weak_type=True)
     """
+    _check_loops(f, loops)
+    return live(_overridden(f, rules), reversible(loops or Loops()))
+
+
+def _check_loops(f: Callable, loops: Any) -> None:
     if loops is not None and not isinstance(loops, Loops):
         raise OptionError(f"loops= takes fg.Loops(...), and got {loops!r:.60}.", at=location(f))
-    return live(_overridden(f, rules), reversible(loops or Loops()))
 
 
 def _overridden(f: Callable, rules: UserRules | None) -> Callable:
@@ -82,6 +87,7 @@ def grad(
     *,
     rules: UserRules | None = None,
     loops: Loops | None = None,
+    memory: int | str | None = None,
 ):
     """Reverse-mode gradient of a scalar function, as `jax.grad`.
 
@@ -89,12 +95,19 @@ def grad(
       fun: function or Graph that returns a float scalar, shape (); with `has_aux`, a pair of it and anything.
       argnums: which positional arguments to differentiate with respect to.
       rules, loops: gradients of primitives and of scopes that override JAX's; memory for `while` loops. See `differentiable`.
+      memory: a budget for the temporaries of the gradient: bytes, as 2**30 or "1GiB", or a part of what it takes without
+        one, as "50%". Arguments and results come on top. Values of the forward pass are then computed again in the backward
+        pass, as few as the budget allows. The function is traced once per types of its arguments, as by `jax.jit`, and up
+        to four programs are compiled and measured, also inside of an outer `jax.jit`; strings, bools and other arguments that
+        are no arrays or numbers are static. Under an outer `vmap` the budget is that of one lane; of sharded arguments, that
+        of one device. `fg.plan` says what a budget does.
       has_aux, holomorphic, allow_int, reduce_axes: as in `jax.grad`.
     Returns:
       A function as `fun`, or a Graph; the output has the argument's tree, shapes and dtypes. Without `fun`, a decorator.
     Raises:
       NotScalarError: the output is not a real scalar. Also a TypeError, as in jax.grad.
       ArgumentError: an argument in `argnums` holds integers or is no array. Also a TypeError.
+      BudgetError: no program was found that keeps to `memory`; says how small the smallest is. Also a ValueError.
     Source: Griewank & Walther 2008, Evaluating Derivatives, doi:10.1137/1.9780898717761.
 
     >>> grad(lambda x: x**3)(2.0)
@@ -103,7 +116,7 @@ def grad(
     options = dict(
         argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes
     )
-    return _derive(jax.grad, fun, options, rules, loops, scalar=True)
+    return _derive(jax.grad, fun, options, rules, loops, scalar=True, memory=memory)
 
 
 def value_and_grad(
@@ -116,6 +129,7 @@ def value_and_grad(
     *,
     rules: UserRules | None = None,
     loops: Loops | None = None,
+    memory: int | str | None = None,
 ):
     """Value and gradient of a scalar function in one run, as `jax.value_and_grad`; arguments and errors as in `grad`.
 
@@ -125,7 +139,7 @@ def value_and_grad(
     options = dict(
         argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes
     )
-    return _derive(jax.value_and_grad, fun, options, rules, loops, scalar=True)
+    return _derive(jax.value_and_grad, fun, options, rules, loops, scalar=True, memory=memory)
 
 
 def jacfwd(fun=None, argnums=0, has_aux=False, holomorphic=False, *, rules: UserRules | None = None):
@@ -192,6 +206,43 @@ def jvp(fun, primals, tangents, has_aux=False, *, rules: UserRules | None = None
 def linearize(fun, *primals, rules: UserRules | None = None, **options):
     """Outputs of `fun` and its linear map at `primals`, as `jax.linearize` with its options (`has_aux`)."""
     return jax.linearize(_overridden(fun, rules), *primals, **options)
+
+
+def plan(
+    fun: Callable,
+    /,
+    *args: Any,
+    memory: int | str,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    rules: UserRules | None = None,
+    loops: Loops | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """What `value_and_grad(fun, argnums, has_aux, memory=memory)` does with a budget, without running it.
+
+    Args:
+      fun: function or Graph, as in `value_and_grad`.
+      *args, **kwargs: its arguments; arrays may be `jax.ShapeDtypeStruct`.
+      memory, argnums, has_aux, rules, loops: as in `value_and_grad`.
+    Returns:
+      Plan. Its text says the bytes and the FLOPs, what is kept and what is computed again.
+    Raises:
+      BudgetError: no program was found that keeps to the budget. Also a ValueError.
+
+    >>> import jax.numpy as jnp
+    >>> def loss(w, x):
+    ...     for _ in range(8):
+    ...         x = jnp.tanh(x @ w)
+    ...     return x.sum()
+    >>> p = plan(loss, jnp.ones((64, 64)), jnp.ones((512, 64)), memory="75%")
+    >>> p.compiled_bytes <= 0.75 * p.default_bytes, p.extra_flops < 0.2
+    (True, True)
+    """
+    _check_loops(fun, loops)
+    options = dict(argnums=argnums, has_aux=has_aux)
+    body = _returning_scalar("plan", fun, _overridden(fun, rules), options | dict(holomorphic=False))
+    return planned(jax.value_and_grad, body, memory, args, kwargs, options, loops)
 
 
 def halves(
@@ -275,23 +326,33 @@ def _derive(
     rules: UserRules | None,
     loops: Loops | None = None,
     scalar: bool = False,
+    memory: Any = None,
 ) -> Any:
     """`transform` of `fun`: a decorator if `fun` is None, a Graph if `fun` is one, else a function."""
     if fun is None:
-        return functools.partial(_derive, transform, options=options, rules=rules, loops=loops, scalar=scalar)
+        return functools.partial(
+            _derive, transform, options=options, rules=rules, loops=loops, scalar=scalar, memory=memory
+        )
     if not callable(fun):
         raise ArgumentError(
             f"{transform.__name__} takes a function or a Graph, and got {type(fun).__name__}.", inputs=f"{fun!r:.60}"
         )
-    body = _overridden(fun, rules) if transform is jax.jacfwd else differentiable(fun, rules=rules, loops=loops)
-    derived = _explained(transform, fun, body, options, scalar)
+    _check_loops(fun, loops)
+    is_whole = transform is jax.jacfwd or memory is not None  # the budget decides on loops
+    body = _overridden(fun, rules) if is_whole else differentiable(fun, rules=rules, loops=loops)
+    derived = _explained(transform, fun, body, options, scalar, memory, loops)
     return fun.derive(derived, f"{transform.__name__}({fun.name})") if isinstance(fun, Graph) else derived
 
 
-def _explained(transform: Callable, fun: Callable, body: Callable, options: dict, scalar: bool) -> Callable:
+def _explained(
+    transform: Callable, fun: Callable, body: Callable, options: dict, scalar: bool, memory: Any, loops: Loops | None
+) -> Callable:
     """`transform` of `fun` as a function, with errors in the user's words."""
     verb = transform.__name__
-    derived = transform(_returning_scalar(verb, fun, body, options) if scalar else body, **options)
+    checked = _returning_scalar(verb, fun, body, options) if scalar else body
+    derived = transform(checked, **options)
+    if memory is not None:
+        derived = functools.wraps(derived)(budgeted(transform, checked, memory, options, loops))
 
     @functools.wraps(derived)
     @_jax.api_boundary

@@ -277,6 +277,16 @@ def _is_placed_freely(params: dict) -> bool:
     return all(x is None or x is _jax.UNSPECIFIED for key in keys for x in params[key])
 
 
+def scan_sizes(eqn: Any) -> tuple[int, int, int]:
+    """How many inputs of a scan's body are constants, carry and slices."""
+    p = eqn.params
+    if "num_consts" in p:
+        consts, carry = p["num_consts"], p["num_carry"]
+    else:  # since JAX 0.11
+        consts, carry = map(len, p["ft_in"].unpack()[:2])
+    return consts, carry, len(eqn.invars) - consts - carry
+
+
 def operands(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
     """For each body of `eqn`, which of its operands each input is at first, or is a part of; None where it is none."""
     name, p, values = eqn.primitive.name, eqn.params, list(values)
@@ -295,7 +305,7 @@ def fed(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
     name, p, inputs = eqn.primitive.name, eqn.params, operands(eqn, values)
     counts = [len(given) for given in inputs]
     if name == "scan":
-        counts = [p["num_consts"] if "num_consts" in p else len(p["ft_in"].unpack()[0])]
+        counts = [scan_sizes(eqn)[0]]
     elif name in LOOPS:
         counts = [p["cond_nconsts"], p["body_nconsts"]]
     elif name == "shard_map":

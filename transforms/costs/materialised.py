@@ -95,6 +95,11 @@ def temp_bytes(steps: Sequence[Step], outputs: Sequence[Value], backend: Backend
     return _Program(steps, outputs, backend).temp_bytes(is_inner=False)
 
 
+def materialised(steps: Sequence[Step], outputs: Sequence[Value], backend: Backend) -> set[int]:
+    """The ids of the equations whose results have memory of their own."""
+    return {id(k.step.eqn) for k in _Program(steps, outputs, backend).kernels if k.step and k.is_materialised}
+
+
 @dataclass(eq=False, slots=True)
 class Kernel:
     """What makes one value: a kernel of its own if the value is materialised, or else a part of its readers.

@@ -183,7 +183,7 @@ class Unfolding:
         for v, outer, whole in itertools.zip_longest(inner.invars, given, wholes):
             part = Value(v.aval, nbytes(v.aval), step.eqn, step.path, whole=whole and (whole.whole or whole))
             inputs.append(outer or part)
-        slices = inputs[len(inputs) - _sliced(step.eqn) :] if name == "scan" else []
+        slices = inputs[len(inputs) - layouts.scan_sizes(step.eqn)[2] :] if name == "scan" else []
         steps, outputs = self.unfolded(inner, [*map(_constant, inner.constvars), *inputs], step.path, times)
         shared = () if name == "scan" or name in layouts.LOOPS else outputs
         step.bodies.append(Body(steps, outputs, slices, frozenset(shared), copies))
@@ -271,12 +271,3 @@ _CALLS |= layouts.WITH_DERIVATIVES
 
 def _constant(v: Any) -> Value:
     return Value(v.aval, nbytes(v.aval), argument=CONSTANT)
-
-
-def _sliced(scan: Any) -> int:
-    """How many inputs of a scan's body are slices."""
-    p = scan.params
-    if "num_consts" in p:
-        return len(scan.invars) - p["num_consts"] - p["num_carry"]
-    consts, carry, _ = p["ft_in"].unpack()  # since JAX 0.11
-    return len(scan.invars) - len(consts) - len(carry)

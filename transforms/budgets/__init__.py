@@ -1,0 +1,9 @@
+"""Gradients within a memory budget: what is kept for the backward pass, and what is computed again.
+
+Read `joint` (a gradient as one program of two parts), `search` (which values to keep), `emission` (the program that follows),
+`scans` (the same for the steps of a scan), `planning` (compile, measure, keep the cheapest that fits), `plans` (`memory=`, `plan`).
+"""
+
+from .plans import Plan, budgeted, planned
+
+__all__ = ["Plan", "budgeted", "planned"]

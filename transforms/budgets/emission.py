@@ -1,0 +1,107 @@
+"""The program of a choice: the forward part, and stage by stage what is computed again and what reads it.
+
+Each stage that computes something again begins with one `optimization_barrier` over what it starts from, what is kept for it,
+and all cotangents that are alive. So XLA can neither take the values of the forward part for those of the stage, nor
+begin with the stage before the one before it has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from .. import _jax
+from .joint import Joint, variables
+from .search import Choice
+
+
+AGAIN = "rematted_computation"  # JAX's own name for the scope of what is computed again
+
+
+class Emission:
+    """The two parts of a joint program, as functions of flat values, under the current trace."""
+
+    def __init__(self, joint: Joint, choice: Choice):
+        self.joint, self.choice = joint, choice
+        self.maker = {v: eqn for eqn in joint.eqns[: joint.split] for v in eqn.outvars}
+        self.made = {v for eqn in joint.eqns[joint.split :] for v in eqn.outvars}
+        saved = [v for v, k in joint.node_of.items() if k in choice.saved]
+        self.held = {v for v, k in joint.node_of.items() if choice.held is None or k in choice.held}
+        reads = self._ordered(self._read_by(joint.eqns[joint.split :]), saved)
+        self.read = self._read_by([*joint.eqns[joint.split :], *reads])
+        self.saved = [v for v in saved if v in self.read]  # of nodes with several results only those that are read
+
+    def whole(self, values: Sequence[Any]) -> list[Any]:
+        """The outputs for all inputs."""
+        env = dict(zip(self.joint.inputs, values, strict=True))
+        self.forward(env, [v for v in variables(self.joint.outvars) if v not in self.made])
+        env |= self.backward({v: env[v] for v in (*self.joint.inputs, *self.saved)})
+        return [read(env, v) for v in self.joint.outvars]
+
+    def forward(self, env: dict[Any, Any], outvars: Sequence[Any]) -> None:
+        """Add to the inputs in `env` these outputs, and what is saved."""
+        with_effects = [eqn for eqn in self.joint.eqns[: self.joint.split] if eqn.effects]
+        for eqn in self._ordered([*variables(outvars), *self.saved], env, with_effects):
+            _bind(eqn, env)
+
+    def backward(self, known: dict[Any, Any]) -> dict[Any, Any]:
+        """What the backward part makes of the inputs that it reads, cotangents among them, and what is saved."""
+        made: dict[Any, Any] = {}
+        last = {v: k for k, eqn in enumerate(self.joint.eqns[self.joint.split :]) for v in variables(eqn.invars)}
+        for stage in self.joint.stages:
+            eqns = self.joint.eqns[self.joint.split + stage.start : self.joint.split + stage.stop]
+            wanted = self._read_by(eqns)
+            again = self._ordered(wanted, known)
+            env = dict(known)
+            if again:
+                entering = (wanted | self._read_by(again)) & known.keys()
+                live = [v for v in made if last.get(v, -1) >= stage.start]
+                tied = [v for v in (*sorted(entering, key=self.joint.order.__getitem__), *live) if _is_tied(v.aval)]
+                values = lax.optimization_barrier([made[v] if v in made else known[v] for v in tied])
+                for v, x in zip(tied, values, strict=True):
+                    (made if v in made else known)[v] = x
+                env = dict(known)
+                with jax.named_scope(AGAIN):
+                    for eqn in again:
+                        _bind(eqn, env)
+                known.update((v, env[v]) for eqn in again for v in eqn.outvars if v in self.held)
+            env |= made
+            for eqn in eqns:
+                _bind(eqn, env)
+                made.update((v, env[v]) for v in eqn.outvars)
+        return made
+
+    def _read_by(self, eqns: Sequence[Any]) -> set[Any]:
+        """What equations read of the forward part."""
+        return {v for eqn in eqns for v in variables(eqn.invars) if v in self.joint.sources}
+
+    def _ordered(self, wanted: Iterable[Any], known: Container[Any], also: Sequence[Any] = ()) -> list[Any]:
+        """The equations of the forward part that compute `wanted` from what is known, in program order."""
+        found, todo = {id(eqn) for eqn in also}, [*wanted, *(v for eqn in also for v in variables(eqn.invars))]
+        while todo:
+            v = todo.pop()
+            eqn = self.maker.get(v)
+            if v in known or eqn is None or id(eqn) in found:
+                continue
+            found.add(id(eqn))
+            todo += variables(eqn.invars)
+        return [eqn for eqn in self.joint.eqns[: self.joint.split] if id(eqn) in found]
+
+
+def read(env: dict[Any, Any], atom: Any) -> Any:
+    """The value of a variable or literal."""
+    return env[atom] if isinstance(atom, _jax.Var) else atom.val
+
+
+def _bind(eqn: Any, env: dict[Any, Any]) -> None:
+    with _jax.context_of(eqn):
+        outputs = _jax.bind(eqn.primitive, eqn.params, [read(env, v) for v in eqn.invars])
+    env.update(zip(eqn.outvars, outputs, strict=True))
+
+
+def _is_tied(aval: Any) -> bool:
+    """Whether a barrier takes such a value; keys and tokens go around it."""
+    return not jax.dtypes.issubdtype(getattr(aval, "dtype", None), jax.dtypes.extended)

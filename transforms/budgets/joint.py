@@ -1,0 +1,288 @@
+"""A gradient as one program, in two parts: the equations that no cotangent reaches, and those that need one.
+
+    forward   the function, and what its derivatives need of it
+    backward  from the cotangent of the result to those of the arguments, cut into *stages* where few bytes of cotangents are
+              alive: in a network of layers, between the layers
+
+A *node* is an equation of the forward part whose results have memory; what XLA computes where it is read belongs to its
+readers. Which nodes are kept for the backward part, and which are computed again in its stages, is what a budget decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from .. import _jax, layouts
+from ..costs.materialised import Backend, materialised, temp_bytes
+from ..costs.operations import Work, nbytes
+from ..costs.steps import Unfolding, Value, total
+from ..living import run
+
+SEAM = "funcgrad.cotangent"  # where the backward part begins
+
+
+@jax.custom_vjp
+def seam(x: Any) -> Any:
+    """`x`, the result of the forward part; its cotangent is marked."""
+    return x
+
+
+seam.defvjp(lambda x: (x, None), lambda _, cotangent: (checkpoint_name(cotangent, SEAM),))
+
+
+# A nominal machine: what is computed again is weighed by it, so that a plan does not depend on a measurement.
+FLOPS_PER_S, TRANSCENDENTALS_PER_S, BYTES_PER_S = 6e10, 6e9, 1e10
+
+
+def seconds(work: Work) -> float:
+    """The roofline of the nominal machine, transcendentals counted."""
+    compute = work.flops / FLOPS_PER_S + work.transcendentals / TRANSCENDENTALS_PER_S
+    return max(compute, work.bytes / BYTES_PER_S)
+
+
+MOST_STAGES = 32  # a stage that reads a larger part of what the backward part reads is cut
+
+
+class Node(NamedTuple):
+    """An equation of the forward part whose results have memory.
+
+    Attributes:
+      at: its place among the equations.
+      bytes: of its results, those that the program returns left out.
+      seconds: to compute it once more on a nominal machine, with what is computed where it reads.
+      sources: the nodes that it reads.
+      is_run: whether the results of the forward part need it, so that in the backward part it is computed a second time.
+      is_pinned: whether it is computed only once, for its effects, or is returned anyway.
+      kind: equal for nodes that do the same.
+    """
+
+    at: int
+    bytes: int
+    seconds: float
+    sources: tuple[int, ...]
+    is_run: bool
+    is_pinned: bool
+    kind: Any
+
+
+class Stage(NamedTuple):
+    """Equations `start` to `stop` of the backward part, and of each node that they read the last place where they do."""
+
+    start: int
+    stop: int
+    reads: dict[int, int]
+
+
+class Joint:
+    """A gradient in its two parts.
+
+    Attributes:
+      inputs, outvars: variables of the program; what it closes over is among the inputs.
+      eqns: its equations, the `split` ones of the forward part first.
+      nodes: of the forward part, in program order; `node_of` a variable, `sources` the nodes that a variable is computed from.
+      stages: of the backward part.
+      seconds: of all equations, on a nominal machine.
+      forward_bytes: what is alive at each node of the forward part, if nothing is kept.
+      backward_bytes: what the backward part itself has alive at each of its equations.
+    """
+
+    def __init__(self, jaxpr: _jax.Jaxpr, backend: Backend, *, are_results_free: bool = True):
+        self.jaxpr, self.inputs, self.outvars = jaxpr, list(jaxpr.invars), list(jaxpr.outvars)
+        forward: list[Any] = []
+        backward: list[Any] = []
+        reached: set[Any] = set()
+        for eqn in jaxpr.eqns:
+            if is_seam(eqn) or any(v in reached for v in _read(eqn)):
+                reached.update(eqn.outvars)
+                backward.append(eqn)
+            else:
+                forward.append(eqn)
+        self.eqns, self.split = [*forward, *backward], len(forward)
+        made = [v for eqn in self.eqns for v in eqn.outvars]
+        self.order = {v: k for k, v in enumerate([*self.inputs, *made])}
+        outputs = set(variables(self.outvars))
+        works, self.inner_bytes = zip(*(_work(eqn, backend) for eqn in self.eqns), strict=True)
+        self.seconds = sum(map(seconds, works))
+        has_memory = _with_memory(jaxpr, backend)
+        free = outputs if are_results_free else set[Any]()
+        self._make_nodes(outputs, free, has_memory, works)
+        self._make_stages(outputs, has_memory)
+
+    def _make_nodes(self, outputs: set[Any], free: set[Any], has_memory: set[int], works: Sequence[Work]) -> None:
+        needed = set(outputs)
+        for eqn in reversed(self.eqns[: self.split]):
+            if eqn.effects or any(v in needed for v in eqn.outvars):
+                needed.update(_read(eqn))
+        self.nodes: list[Node] = []
+        self.node_of: dict[Any, int] = {}
+        self.sources: dict[Any, tuple[int, ...]] = dict.fromkeys(self.inputs, ())
+        drawn: dict[Any, float] = {}  # seconds of what is computed where it is read
+        for at, eqn in enumerate(self.eqns[: self.split]):
+            sources = self._sources_of(eqn)
+            inside = sum(drawn.get(v, 0.0) for v in _read(eqn))
+            if id(eqn) in has_memory or eqn.effects:
+                size = sum(nbytes(v.aval) for v in eqn.outvars if v not in free)
+                is_run = bool(eqn.effects) or any(v in needed for v in eqn.outvars)
+                is_pinned = bool(eqn.effects) or any(v in free for v in eqn.outvars)
+                kind = eqn.primitive.name, *(v.aval.str_short() for v in (*eqn.outvars, *eqn.invars))
+                node = Node(at, size, seconds(works[at]) + inside, sources, is_run, is_pinned, kind)
+                sources = (len(self.nodes),)
+                self.node_of.update((v, len(self.nodes)) for v in eqn.outvars)
+                self.nodes.append(node)
+            else:
+                fused = dataclasses.replace(works[at], bytes_read=0, bytes_written=0)
+                drawn.update((v, inside + seconds(fused)) for v in eqn.outvars)
+            self.sources.update((v, sources) for v in eqn.outvars)
+        last = list(range(len(self.nodes)))
+        for k, node in enumerate(self.nodes):
+            for s in node.sources:
+                last[s] = k
+        alive = [0] * (len(self.nodes) + 1)
+        for k, node in enumerate(self.nodes):
+            alive[k] += self.inner_bytes[node.at]
+            alive[k + 1] -= self.inner_bytes[node.at]
+            alive[k] += node.bytes * node.is_run
+            alive[last[k] + 1] -= node.bytes * node.is_run
+        self.last_forward, self.forward_bytes = last, np.cumsum(alive[:-1])
+
+    def _sources_of(self, eqn: Any) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(s for v in _read(eqn) for s in self.sources.get(v, ())))
+
+    def _make_stages(self, outputs: set[Any], has_memory: set[int]) -> None:
+        """Cut the backward part where the fewest bytes are handed on: of cotangents, and of nodes that are read before and after."""
+        backward = self.eqns[self.split :]
+        made = {v: k for k, eqn in enumerate(backward) for v in eqn.outvars}
+        last = dict(made)
+        for k in reversed(range(len(backward))):
+            eqn = backward[k]
+            # What is computed where it is read prolongs what it reads.
+            when = k if id(eqn) in has_memory else max((last[v] for v in eqn.outvars), default=k)
+            for v in _read(eqn):
+                if v in last:
+                    last[v] = max(last[v], when)
+        alive = np.zeros(len(backward) + 1, np.int64)
+        crossing = np.zeros(len(backward) + 1, np.int64)  # before each equation
+        for v, k in made.items():
+            if v not in outputs:
+                size = nbytes(v.aval)
+                if id(backward[k]) in has_memory:
+                    alive[k] += size
+                    alive[last[v] + 1] -= size
+                crossing[k + 1] += size * (last[v] > k)
+                crossing[last[v] + 1] -= size * (last[v] > k)
+        self.backward_bytes = np.cumsum(alive[:-1]) + np.array(self.inner_bytes[self.split :], np.int64)
+        first: dict[int, int] = {}
+        final: dict[int, int] = {}
+        read_bytes = np.zeros(len(backward), np.int64)  # of nodes, where each is read first
+        for k, eqn in enumerate(backward):
+            for s in self._sources_of(eqn):
+                first.setdefault(s, k)
+                final[s] = k
+        for s, k in first.items():
+            crossing[k + 1] += self.nodes[s].bytes
+            crossing[final[s] + 1] -= self.nodes[s].bytes
+            read_bytes[k] += self.nodes[s].bytes
+        crossing = np.cumsum(crossing)[:-1]
+        read_before = np.concatenate([[0], np.cumsum(read_bytes)])
+        cuts = [0, *_minima(crossing.tolist()), len(backward)]
+        cuts = sorted({p for a, b in pairwise(cuts) for p in (a, *_halved(a, b, crossing, read_before))})
+        self.stages: list[Stage] = []
+        for start, stop in pairwise([*cuts, len(backward)]):
+            reads = {s: k for k in range(start, stop) for s in self._sources_of(backward[k])}
+            self.stages.append(Stage(start, stop, reads))
+
+
+def _minima(values: Sequence[int]) -> list[int]:
+    """Where a sequence has a minimum: the first place of each, the ends left out."""
+    found: list[int] = []
+    start, falling = 0, False
+    for k in range(1, len(values)):
+        if values[k] != values[k - 1]:
+            if values[k] > values[k - 1] and falling:
+                found.append(start)
+            start, falling = k, values[k] < values[k - 1]
+    return found
+
+
+def _halved(start: int, stop: int, crossing: np.ndarray, read_before: np.ndarray) -> Iterator[int]:
+    """Where to cut a stage that reads more than a part of all bytes: where the fewest cross, in the middle half of them."""
+    low, high = read_before[start], read_before[stop]
+    if high - low <= read_before[-1] / MOST_STAGES:
+        return
+    middle = [k for k in range(start + 1, stop) if abs(2 * read_before[k] - low - high) <= (high - low) / 2]
+    if middle:
+        cut = min(middle, key=crossing.__getitem__)
+        yield from _halved(start, cut, crossing, read_before)
+        yield cut
+        yield from _halved(cut, stop, crossing, read_before)
+
+
+# ------------------------------------------------------------------------------------------------ tracing
+
+
+def flattened(jaxpr: _jax.ClosedJaxpr) -> _jax.Jaxpr:
+    """A jaxpr whose constants are its first inputs, without dead code and without calls that mean nothing but their bodies."""
+
+    def bind(eqn, values):
+        if not layouts.is_plain(eqn):
+            return _jax.bind(eqn.primitive, eqn.params, values)
+        body = eqn.params["jaxpr"]
+        return run(body.jaxpr, [*body.consts, *values], bind)
+
+    inner = jaxpr.jaxpr
+    avals = [v.aval for v in (*inner.constvars, *inner.invars)]
+    flat = _jax.stage_flat(lambda *values: run(inner, values, bind), avals, _jax.no_names)
+    live, _ = _jax.dce_jaxpr(flat.jaxpr, [True] * len(inner.outvars), instantiate=True)
+    return live
+
+
+def is_seam(eqn: Any) -> bool:
+    """Whether the backward part begins with this equation."""
+    return eqn.primitive.name == "name" and eqn.params["name"] == SEAM
+
+
+class _Alone(NamedTuple):
+    """An equation as a jaxpr."""
+
+    eqns: list[Any]
+    invars: list[Any]
+    constvars: Sequence[Any] = ()
+    outvars: Sequence[Any] = ()
+
+
+def _unfolding() -> Unfolding:
+    return Unfolding(lambda eqn, path: None, lambda eqn, path, count: None)
+
+
+def _work(eqn: Any, backend: Backend) -> tuple[Work, int]:
+    """The work of an equation, and the bytes that its bodies need inside."""
+    read = _read(eqn)
+    steps, results = _unfolding().unfolded(_Alone([eqn], read, outvars=eqn.outvars), [_argument(v) for v in read], (), 1)
+    inside = temp_bytes(steps, results, backend) if layouts.has_bodies(eqn.primitive) else 0
+    return total(steps), inside
+
+
+def _with_memory(jaxpr: _jax.Jaxpr, backend: Backend) -> set[int]:
+    """The ids of the equations whose results have memory; of those that hold functions, all."""
+    steps, results = _unfolding().unfolded(jaxpr, [_argument(v) for v in jaxpr.invars], (), 1)
+    opened = {id(eqn) for eqn in jaxpr.eqns if layouts.has_bodies(eqn.primitive)}
+    return materialised(steps, results, backend) | opened
+
+
+def _argument(v: Any) -> Value:
+    return Value(v.aval, nbytes(v.aval), argument="")
+
+
+def _read(eqn: Any) -> list[Any]:
+    return list(dict.fromkeys(variables(eqn.invars)))
+
+
+def variables(atoms: Sequence[Any]) -> list[Any]:
+    return [v for v in atoms if isinstance(v, _jax.Var)]

@@ -1,0 +1,293 @@
+"""Planning: programs within a budget, compiled and measured.
+
+For one function and arguments of one type, a `Planner` keeps every program that it has compiled, with its measured bytes. A
+budget is answered by the cheapest of them that fits, after at most `COMPILES` more have been tried. So of budgets that are
+asked for one after the other, a smaller one does not get a bigger program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+from jax.dtypes import float0
+from jax.tree_util import tree_flatten, tree_unflatten
+
+from .. import _jax, layouts
+from ..costs.materialised import BACKENDS
+from ..living import live, run
+from ..loops import Loops
+from ..loops import rules as reversible
+from .emission import Emission
+from .joint import Joint, flattened, seam
+from .scans import Option, Scan
+from .search import Choice, Search, everything
+
+COMPILES = 4  # for a new budget
+CLOSE = 0.95  # a program that fills so much of its budget is not improved on
+LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
+
+
+class Config(NamedTuple):
+    """What is decided before the function is differentiated: an option for each scan, and how `while` loops run."""
+
+    scans: tuple[Option | None, ...]
+    loops: Loops
+
+
+class Call(NamedTuple):
+    """A call: the tree of (args, kwargs), the leaves that are static, and which leaves are traced."""
+
+    tree: Any
+    static: list[Any]
+    is_traced: list[bool]
+
+    def arguments(self, values: Sequence[Any]) -> tuple[tuple, dict]:
+        """The arguments with `values` as what is traced."""
+        given = iter(values)
+        leaves = [next(given) if ok else x for x, ok in zip(self.static, self.is_traced, strict=True)]
+        return tree_unflatten(self.tree, leaves)
+
+    def values(self, args: tuple, kwargs: dict) -> list[Any]:
+        """What is traced, of such arguments."""
+        leaves = self.tree.flatten_up_to((args, kwargs))
+        return [x for x, ok in zip(leaves, self.is_traced, strict=True) if ok]
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """The joint program of a configuration; it takes the constants first. `seconds` is what it takes if nothing is dropped."""
+
+    config: Config
+    joint: Joint
+    consts: list[Any]
+    search: Search
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A program for a budget.
+
+    Attributes:
+      traced, choice: what is computed again; without a choice, nothing.
+      seconds: of the whole, on the nominal machine.
+      predicted_bytes, bytes: of its temporaries, as simulated and of the compiled program.
+      program: the jitted function of the joint's inputs.
+    """
+
+    traced: Traced
+    choice: Choice | None
+    seconds: float
+    predicted_bytes: int
+    bytes: int
+    program: Callable
+
+
+class Planner:
+    """The programs of one derivative of one function, for calls of one type.
+
+    Args:
+      transform: from a function to its derivative, as `jax.grad`.
+      f: the function.
+      call, values: one of its calls, and what of that is traced, arrays or types.
+      options: of the transform.
+      loops: how `while` loops run; None leaves it to the budget.
+    """
+
+    def __init__(
+        self,
+        transform: Callable,
+        f: Callable,
+        call: Call,
+        values: Sequence[Any],
+        options: dict,
+        loops: Loops | None,
+    ):
+        self.transform, self.call, self.options, self.loops = transform, call, options, loops
+        outputs: list[Any] = []
+
+        def flat(*values):
+            args, kwargs = call.arguments(values)
+            leaves, tree = tree_flatten(f(*args, **kwargs))
+            outputs[:] = [tree]
+            return leaves
+
+        closed = _jax.stage(f, *call.arguments(values), values, flat)
+        (self.primal_tree,) = outputs
+        self.consts, self.flat = list(closed.consts), flattened(closed)
+        self.shardings = [*map(placed, self.consts), *map(placed, values)]
+        self.backend = BACKENDS.get(jax.default_backend(), BACKENDS["gpu"])
+        self.out_tree: Any = None
+        self.traced: dict[Config, Traced] = {}
+        self.candidates: list[Candidate] = []
+
+    # ------------------------------------------------------------------------------------------------ what may be planned
+
+    @cached_property
+    def scans(self) -> dict[int, Scan]:
+        """The scans of the function, by their places, with what can be chosen for each."""
+        found = {k: eqn for k, eqn in enumerate(self.flat.eqns) if eqn.primitive.name == "scan" and not eqn.effects}
+        plain = {k: eqn for k, eqn in found.items() if not _has_loops(eqn.params["jaxpr"].jaxpr)}
+        scans = {k: Scan(eqn, self.backend) for k, eqn in plain.items() if eqn.params["length"] > 1}
+        return {k: scan for k, scan in scans.items() if len(scan.options) > 1}
+
+    @cached_property
+    def has_loops(self) -> bool:
+        """Whether a `while` loop is part of the function, at any depth."""
+        return _has_loops(self.flat)
+
+    def trace(self, config: Config) -> Traced:
+        """The joint program of a configuration."""
+        if config not in self.traced:
+            options = dict(zip(self.scans, config.scans, strict=True)) if config.scans else {}
+            planned = {id(self.flat.eqns[k]): (self.scans[k], option) for k, option in options.items() if option}
+
+            def bind(eqn, values):
+                if id(eqn) in planned:
+                    scan, option = planned[id(eqn)]
+                    return scan.run(option, values)
+                return _jax.bind(eqn.primitive, eqn.params, values)
+
+            def flat(*values):
+                consts, values = values[: len(self.consts)], values[len(self.consts) :]
+
+                def f(*args, **kwargs):
+                    out = run(self.flat, [*consts, *self.call.values(args, kwargs)], bind)
+                    out = tree_unflatten(self.primal_tree, out)
+                    return (seam(out[0]), out[1]) if self.options["has_aux"] else seam(out)
+
+                args, kwargs = self.call.arguments(values)
+                f = live(f, reversible(config.loops)) if self.has_loops else f
+                leaves, tree = tree_flatten(self.transform(f, **self.options)(*args, **kwargs))
+                is_array = [getattr(x, "dtype", None) != float0 for x in leaves]
+                self.out_tree = tree, [None if ok else x for x, ok in zip(leaves, is_array, strict=True)]
+                return [x for x, ok in zip(leaves, is_array, strict=True) if ok]
+
+            closed = _jax.stage_flat(flat, [v.aval for v in self.flat.invars], _jax.no_names)
+            joint = Joint(flattened(closed), self.backend)
+            self.traced[config] = Traced(config, joint, list(closed.consts), Search(joint))
+        return self.traced[config]
+
+    @cached_property
+    def default(self) -> Candidate:
+        """The program that computes nothing again but what the function itself says."""
+        traced = self.trace(Config((), self.loops or Loops()))
+        predicted = traced.search.simulate(Choice(everything(traced.joint)), 0).peak
+        return self._compiled(traced, None, traced.joint.seconds, predicted)
+
+    def _compiled(self, traced: Traced, choice: Choice | None, seconds: float, predicted: int) -> Candidate:
+        joint = traced.joint
+        whole = _jax.jaxpr_as_fun(_jax.close(joint.jaxpr))
+        emission = choice and Emission(joint, choice)
+        program = jax.jit(lambda *values: emission.whole(values) if emission else whole(*values))
+        shardings = [*map(placed, traced.consts), *self.shardings]
+        structs = [_struct(v.aval, sharding) for v, sharding in zip(joint.inputs, shardings, strict=True)]
+        size = int(program.lower(*structs).compile().memory_analysis().temp_size_in_bytes)
+        candidate = Candidate(traced, choice, seconds, predicted, size, program)
+        self.candidates.append(candidate)
+        return candidate
+
+    # ------------------------------------------------------------------------------------------------ budgets
+
+    def within(self, limit: float) -> Candidate | None:
+        """The cheapest program found whose temporaries fit in so many bytes."""
+        return min((c for c in self.candidates if c.bytes <= limit), key=lambda c: c.seconds, default=None)
+
+    def within_budget(self, limit: float) -> Candidate | None:
+        """The cheapest program found within so many bytes, after some more were compiled; None if none fits."""
+        before = len(self.candidates) - 1
+        if self.default.bytes <= limit:
+            return self.within(limit)
+        tried = {(c.traced.config, c.choice) for c in self.candidates}
+        while len(self.candidates) - before <= COMPILES:
+            aim = limit * self._bias(limit)
+            best = self.within(limit)
+            proposal = self._propose(aim) or (None if best else self._smallest())
+            if proposal is None or (proposal[0].config, proposal[1]) in tried:
+                break
+            if best and proposal[2] >= best.seconds:
+                break
+            tried.add((proposal[0].config, proposal[1]))
+            made = self._compiled(*proposal)
+            if CLOSE * limit <= made.bytes <= limit:
+                break
+        return self.within(limit)
+
+    def run(self, candidate: Candidate, values: Sequence[Any]) -> Any:
+        """What a program returns for what is traced of a call."""
+        leaves = iter(candidate.program(*candidate.traced.consts, *self.consts, *values))
+        tree, static = self.out_tree
+        return tree_unflatten(tree, [next(leaves) if x is None else x for x in static])
+
+    def _bias(self, limit: float) -> float:
+        """By how much simulated bytes differ from compiled ones, for the program next to a limit."""
+        near = min((c for c in self.candidates if c.choice), key=lambda c: abs(c.bytes - limit), default=None)
+        return near.predicted_bytes / near.bytes if near and near.bytes else 1.0
+
+    def _propose(self, aim: float) -> tuple[Traced, Choice, float, int] | None:
+        """The cheapest choice of so many simulated bytes: its program, the choice, its seconds and bytes."""
+        found = []
+        for traced in map(self.trace, self._configs(aim)):
+            if best := traced.search.best(aim):
+                choice, outcome = best
+                found.append((traced, choice, traced.joint.seconds + outcome.seconds, outcome.peak))
+        return min(found, key=lambda p: p[2], default=None)
+
+    def _smallest(self) -> tuple[Traced, Choice, float, int] | None:
+        """The choice with the smallest peak that is found by halving."""
+        low, high, best = 0.0, float(self.default.predicted_bytes), None
+        while high - low > high / 32:
+            middle = (low + high) / 2
+            if found := self._propose(middle):
+                best, high = found, min(middle, found[3])
+            else:
+                low = middle
+        return best
+
+    def _configs(self, aim: float) -> Iterator[Config]:
+        """Ways to run scans and loops that leave so many bytes to the rest, or less to themselves."""
+        loops = [self.loops] if self.loops or not self.has_loops else LADDER
+        options = [scan.options for scan in self.scans.values()]
+        seen = set()
+        for loop in loops:
+            for part in (1.0, 0.9, 0.8, 0.65, 0.5, 0.35):
+                config = Config(tuple(_cheapest(options, aim * part)) if options else (), loop or Loops())
+                if config not in seen:
+                    seen.add(config)
+                    yield config
+
+
+def _cheapest(options: Sequence[Sequence[Option]], limit: float) -> list[Option]:
+    """An option for each scan, together within a limit: from the cheapest on, the move that saves the most per second."""
+    at = [0] * len(options)
+    while sum(o[k].bytes for o, k in zip(options, at, strict=True)) > limit:
+        moves = []
+        for i, k in enumerate(at):
+            for further in range(k + 1, len(options[i])):
+                here, there = options[i][k], options[i][further]
+                moves.append(((here.bytes - there.bytes) / (there.seconds - here.seconds + 1e-9), i, further))
+        if not moves:
+            break
+        _, i, further = max(moves)
+        at[i] = further
+    return [o[k] for o, k in zip(options, at, strict=True)]
+
+
+def _has_loops(jaxpr: Any) -> bool:
+    return any(
+        eqn.primitive.name == "while" or any(_has_loops(body.jaxpr.jaxpr) for body in layouts.bodies(eqn))
+        for eqn in jaxpr.eqns
+    )
+
+
+def placed(x: Any) -> Any:
+    """The sharding of an array that is committed to one, or of a type that has one; else None."""
+    is_placed = not isinstance(x, jax.core.Tracer) and getattr(x, "committed", isinstance(x, jax.ShapeDtypeStruct))
+    return getattr(x, "sharding", None) if is_placed else None
+
+
+def _struct(aval: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=getattr(aval, "weak_type", False))

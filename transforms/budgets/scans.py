@@ -1,0 +1,249 @@
+"""Scans: what each step keeps for the backward pass, and how long the segments are that are computed again.
+
+A planned scan is a scan with a derivative of its own. The forward pass stacks what the choice for its body saves; the
+backward pass runs the body's backward part over these stacks. With segments, only the carry at their starts is kept, and each is
+run again before it is reversed; segments may lie in segments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.dtypes import float0
+
+from .. import _jax, layouts
+from ..costs.materialised import Backend
+from ..costs.operations import nbytes
+from .emission import AGAIN, Emission, read
+from .joint import SEAM, Joint, flattened
+from .search import Choice, Simulation, everything
+
+
+class Option(NamedTuple):
+    """A way to run a scan backward.
+
+    Attributes:
+      choice: for its body.
+      lengths: of the segments, from the outermost to the innermost; () keeps what the choice saves of every step.
+      bytes: of all that is kept, and of what is alive while a step is reversed.
+      seconds: of what is computed again.
+    """
+
+    choice: Choice
+    lengths: tuple[int, ...]
+    bytes: float
+    seconds: float
+
+
+class Scan:
+    """A scan and its body's two parts."""
+
+    def __init__(self, eqn: Any, backend: Backend):
+        self.eqn, body = eqn, eqn.params["jaxpr"]
+        self.sizes = layouts.scan_sizes(eqn)
+        self.avals = [v.aval for v in body.jaxpr.invars]
+        self.out_avals = [v.aval for v in body.jaxpr.outvars]
+        self.is_in, self.is_out = [_is_float(a) for a in self.avals], [_is_float(a) for a in self.out_avals]
+        cts = [a for a, is_float in zip(self.out_avals, self.is_out, strict=True) if is_float]
+        closed = _jax.stage_flat(self._pulled, [*cts, *self.avals], _jax.no_names)
+        self.joint = Joint(flattened(closed), backend, are_results_free=False)
+
+    def _pulled(self, *values):
+        """The body and its pull-back, of cotangents and inputs."""
+        body, n = self.eqn.params["jaxpr"], sum(self.is_out)
+        cts, inputs = values[:n], values[n:]
+
+        def of_floats(*floats):
+            given = iter(floats)
+            return _jax.jaxpr_as_fun(body)(
+                *(next(given) if is_float else x for x, is_float in zip(inputs, self.is_in, strict=True))
+            )
+
+        outs, pull = jax.vjp(of_floats, *_chosen(inputs, self.is_in))
+        marked = iter([checkpoint_name(ct, SEAM) for ct in cts])
+        full = [next(marked) if ok else np.zeros(a.shape, float0) for a, ok in zip(self.out_avals, self.is_out, strict=True)]
+        return [*outs, *pull(full)]
+
+    # ------------------------------------------------------------------------------------------------ what there is to choose
+
+    @cached_property
+    def options(self) -> list[Option]:
+        """All that no other beats in both bytes and seconds, the cheapest first."""
+        joint, simulate, length = self.joint, Simulation(self.joint), self.eqn.params["length"]
+        forward_s = sum(node.seconds for node in joint.nodes if node.is_run)
+        carry = self._split(joint.inputs[sum(self.is_out) :])[1]
+        carry_bytes = sum(nbytes(v.aval) for v in carry)
+        found: list[Option] = []
+        for choice in self._choices():
+            outcome, emission = simulate(choice, 0), Emission(joint, choice)
+            saved_bytes = sum(nbytes(v.aval) for v in emission.saved)
+            step_bytes = saved_bytes + sum(nbytes(v.aval) for v in carry if v in emission.read)
+            alive = max(outcome.peak - saved_bytes, 0)
+            for lengths in _segmentations(length):
+                starts = sum(a // b for a, b in pairwise((length, *lengths)))
+                size = starts * carry_bytes + (lengths or (length,))[-1] * step_bytes + alive
+                found.append(Option(choice, lengths, size, (len(lengths) * forward_s + outcome.seconds) * length))
+        best: list[Option] = []
+        for option in sorted(found, key=lambda o: (o.seconds, o.bytes)):
+            if not best or option.bytes < best[-1].bytes:
+                best.append(option)
+        return best
+
+    def _choices(self) -> list[Choice]:
+        """From what saves everything to what saves nothing, the fewest seconds per byte first."""
+        joint, simulate = self.joint, Simulation(self.joint)
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for k in everything(joint):
+            if not joint.nodes[k].is_pinned:
+                groups[joint.nodes[k].kind if len(joint.nodes) > SINGLY else k].append(k)
+        choices = [Choice(everything(joint))]
+        while groups:
+            here = simulate(choices[-1], 0)
+
+            def price(key, choice=choices[-1], here=here):
+                there = simulate(choice._replace(saved=choice.saved.difference(groups[key])), 0)
+                return (there.seconds - here.seconds) / (sum(joint.nodes[k].bytes for k in groups[key]) + 1)
+
+            cheapest = groups.pop(min(groups, key=price))
+            choices.append(choices[-1]._replace(saved=choices[-1].saved.difference(cheapest)))
+        return choices
+
+    # ------------------------------------------------------------------------------------------------ how it runs
+
+    def run(self, option: Option, values: Sequence[Any]) -> list[Any]:
+        """The scan for its operands, with the derivative of this option."""
+        emission, length = Emission(self.joint, option.choice), self.eqn.params["length"]
+
+        @jax.custom_vjp
+        def planned(*values):
+            return _jax.bind(self.eqn.primitive, self.eqn.params, values)
+
+        def forward(*values):
+            consts, carry, xs = self._split(values)
+            carry, ys, kept = self._forward(emission, length, option.lengths, consts, carry, xs)
+            return [*carry, *ys], (consts, xs, kept)
+
+        def backward(residuals, cts):
+            consts, xs, kept = residuals
+            floats, n = _chosen(cts, self.is_out), sum(self.is_out[: self.sizes[1]])
+            sums = [jnp.zeros_like(c) for c, is_float in zip(consts, self.is_in, strict=False) if is_float]
+            cts = sums, floats[:n], floats[n:]
+            sums, ct_carry, ct_xs = self._backward(emission, length, option.lengths, consts, kept, xs, cts)
+            grads = iter([*sums, *ct_carry, *ct_xs])
+            return tuple(next(grads) if is_float else None for is_float in self.is_in)
+
+        planned.defvjp(forward, backward)
+        return list(planned(*values))
+
+    def _split(self, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        a, b, _ = accumulate(self.sizes)
+        return list(values[:a]), list(values[a:b]), list(values[b:])
+
+    def _forward(self, emission: Emission, length: int, lengths: tuple[int, ...], consts: Any, carry: Any, xs: Any) -> Any:
+        """The carry, the results, and what the backward pass needs: of every step, or the carry where each segment starts."""
+        if lengths:
+            size, *inner = lengths
+
+            def segment(carry, xs):
+                after, ys, _ = self._forward(emission, size, tuple(inner), consts, carry, xs)
+                return after, (ys, carry)
+
+            carry, (ys, kept) = self._scan(segment, carry, _cut(xs, size), length // size)
+            return carry, _joined(ys), kept
+        joint, n_carry = self.joint, self.sizes[1]
+        inputs, outvars = joint.inputs[sum(self.is_out) :], joint.outvars[: len(self.out_avals)]
+        read_carry = [v in emission.read for v in self._split(inputs)[1]]
+
+        def step(carry, x):
+            env = dict(zip(inputs, [*consts, *carry, *x], strict=True))
+            emission.forward(env, outvars)
+            outs = [read(env, v) for v in outvars]
+            return outs[:n_carry], (outs[n_carry:], ([env[v] for v in emission.saved], _chosen(carry, read_carry)))
+
+        carry, (ys, kept) = self._scan(step, carry, xs, length)
+        return carry, ys, kept
+
+    def _backward(
+        self, emission: Emission, length: int, lengths: tuple[int, ...], consts: Any, kept: Any, xs: Any, cts: Any
+    ) -> Any:
+        """From the sums so far of the constants' cotangents and the cotangents of carry and results to those of all inputs."""
+        sums, ct_carry, ct_ys = cts
+        if lengths:
+            size, inner = lengths[0], lengths[1:]
+
+            def segment(state, given):
+                (sums, ct_carry), (carry, xs, ct_ys) = state, given
+                with jax.named_scope(AGAIN):
+                    kept = self._forward(emission, size, inner, consts, carry, xs)[2]
+                cts = sums, ct_carry, ct_ys
+                sums, ct_carry, ct_xs = self._backward(emission, size, inner, consts, kept, xs, cts)
+                return (sums, ct_carry), ct_xs
+
+            given = kept, _cut(xs, size), _cut(ct_ys, size)
+            (sums, ct_carry), ct_xs = self._scan(segment, (sums, ct_carry), given, length // size, back=True)
+            return sums, ct_carry, _joined(ct_xs)
+        joint, n = self.joint, sum(self.is_out)
+        of_cts, inputs, grads = joint.inputs[:n], joint.inputs[n:], joint.outvars[len(self.out_avals) :]
+        of_consts, of_carry, of_xs = self._split(inputs)
+        of_carry = [v for v in of_carry if v in emission.read]
+        n_sums, n_carry = len(sums), len(ct_carry)
+
+        def step(state, given):
+            (sums, ct_carry), (x, (saved, carry), ct_ys) = state, given
+            names = [*of_cts, *of_consts, *of_xs, *of_carry, *emission.saved]
+            known = dict(zip(names, [*ct_carry, *ct_ys, *consts, *x, *carry, *saved], strict=True))
+            env = known | emission.backward(dict(known))
+            out = [read(env, v) for v in grads]
+            sums = [s + g for s, g in zip(sums, out[:n_sums], strict=True)]
+            return (sums, out[n_sums : n_sums + n_carry]), out[n_sums + n_carry :]
+
+        (sums, ct_carry), ct_xs = self._scan(step, (sums, ct_carry), (xs, kept, ct_ys), length, back=True)
+        return sums, ct_carry, ct_xs
+
+    def _scan(self, step: Any, state: Any, given: Any, length: int, *, back: bool = False) -> Any:
+        return lax.scan(step, state, given, length=length, reverse=self.eqn.params["reverse"] != back)
+
+
+SINGLY = 40  # in a body of so many nodes, each is dropped on its own
+
+
+def _segmentations(length: int) -> Iterator[tuple[int, ...]]:
+    """Lengths of segments: none, divisors in steps of about 1.4, and segments in segments."""
+    divisors = [d for d in range(2, length) if length % d == 0]
+    near = {min(divisors, key=lambda d: abs(math.log(d / aim))) for aim in _powers(length)} if divisors else set()
+    yield ()
+    yield from ((d,) for d in sorted(near))
+    for outer in sorted(near):
+        inner = [d for d in near if d < outer and outer % d == 0]
+        if inner:
+            yield outer, min(inner, key=lambda d: abs(d * d - outer))
+
+
+def _powers(length: int) -> list[float]:
+    return [2 ** (k / 2) for k in range(2, int(2 * math.log2(length)))]
+
+
+def _is_float(aval: Any) -> bool:
+    return jax.dtypes.issubdtype(aval.dtype, np.inexact)
+
+
+def _chosen(values: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
+    return [x for x, flag in zip(values, flags, strict=True) if flag]
+
+
+def _cut(xs: Any, length: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // length, length, *x.shape[1:]), xs)
+
+
+def _joined(xs: Any) -> Any:
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), xs)
