@@ -166,11 +166,14 @@ class Search:
 
     @cached_property
     def starts(self) -> list[Choice]:
-        """What keeps everything, and what keeps only the values between segments, with and without what segments compute again."""
+        """What keeps everything, and what keeps only the values between segments.
+
+        Of what a segment computes again, all is held, or the values between its stages, or nothing.
+        """
         counts = sorted({round(2 ** (k / 2)) for k in range(2, 12)})
         found = dict.fromkeys(segments(self.joint, n) for n in counts if n <= len(self.joint.stages))
         ends = segments(self.joint, len(self.joint.stages))
-        each = [Choice(saved, held) for saved in found for held in (None, ends)]
+        each = [Choice(saved, held) for held in (None, ends, frozenset[int]()) for saved in found]
         return [Choice(everything(self.joint)), *each]
 
     def best(self, budget: float) -> tuple[Choice, Outcome] | None:
