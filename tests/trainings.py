@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,17 +19,38 @@ def products(primitive, *args, **params) -> bool:
     return keeps or primitive is lax.conv_general_dilated_p
 
 
+def chained(wrap: Wrap, layer: Callable, params: Sequence[Any], x: jax.Array, segment: int) -> jax.Array:
+    """Layers one after the other, wrapped in segments of so many."""
+
+    def some(params, x):
+        for p in params:
+            x = layer(p, x)
+        return x
+
+    for k in range(0, len(params), segment):
+        x = wrap(some)(params[k : k + segment], x)
+    return x
+
+
+def scanned(wrap: Wrap, step: Callable, params: Any, carry: Any, xs: Any, segment: int) -> tuple[Any, Any]:
+    """`lax.scan` of `step(params, carry, x)`, wrapped in segments of so many steps."""
+    if segment == 1:
+        return lax.scan(lambda carry, x: wrap(step)(params, carry, x), carry, xs)
+    cut = jax.tree.map(lambda x: x.reshape(-1, segment, *x.shape[1:]), xs)
+    some = wrap(lambda params, carry, xs: lax.scan(partial(step, params), carry, xs))
+    carry, ys = lax.scan(partial(some, params), carry, cut)
+    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
+
+
 def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def mlp(wrap: Wrap, depth=16, width=512, batch=1024):
-    layer = wrap(lambda p, x: jax.nn.gelu(x @ p["w"] + p["b"]))
+def mlp(wrap: Wrap, depth=16, width=512, batch=1024, segment=1):
+    layer = lambda p, x: jax.nn.gelu(x @ p["w"] + p["b"])
 
     def loss(params, x, y):
-        for p in params:
-            x = layer(p, x)
-        return jnp.mean((x - y) ** 2)
+        return jnp.mean((chained(wrap, layer, params, x, segment) - y) ** 2)
 
     params = [{"w": array(width, width), "b": array(width)} for _ in range(depth)]
     return loss, (params, array(batch, width), array(batch, width))
@@ -63,13 +84,9 @@ def cross_entropy(logits, labels):
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1))
 
 
-def transformer(wrap: Wrap, depth=4, width=256, heads=4, time=256, batch=8, characters=256):
-    layer = wrap(partial(block, heads))
-
+def transformer(wrap: Wrap, depth=4, width=256, heads=4, time=256, batch=8, characters=256, segment=1):
     def loss(params, x, y):
-        x = params["embedding"][x]
-        for p in params["blocks"]:
-            x = layer(p, x)
+        x = chained(wrap, partial(block, heads), params["blocks"], params["embedding"][x], segment)
         return cross_entropy(x @ params["head"], y)
 
     params = {"embedding": array(characters, width), "head": array(width, characters)}
@@ -78,12 +95,12 @@ def transformer(wrap: Wrap, depth=4, width=256, heads=4, time=256, batch=8, char
     return loss, (params, text, text)
 
 
-def gpt(wrap: Wrap, depth=6, width=128, heads=4, time=128, batch=16, characters=256):
-    layer = wrap(partial(block, heads))
+def gpt(wrap: Wrap, depth=6, width=128, heads=4, time=128, batch=16, characters=256, segment=1):
+    step = lambda _, x, p: (block(heads, p, x), None)
 
     def loss(params, x, y):
         x = params["embedding"][x] + params["position"]
-        x, _ = lax.scan(lambda x, p: (layer(p, x), None), x, params["blocks"])
+        x, _ = scanned(wrap, step, None, x, params["blocks"], segment)
         return cross_entropy(norm(params["norm"], x) @ params["embedding"].T, y)
 
     params = {"embedding": array(characters, width), "position": array(time, width)}
@@ -92,10 +109,9 @@ def gpt(wrap: Wrap, depth=6, width=128, heads=4, time=128, batch=16, characters=
     return loss, (params, text, text)
 
 
-def lstm(wrap: Wrap, time=200, width=256, batch=64, classes=10):
-    @wrap
-    def cell(p, carry_and_x):
-        (h, c), x = carry_and_x
+def lstm(wrap: Wrap, time=200, width=256, batch=64, classes=10, segment=1):
+    def cell(p, carry, x):
+        h, c = carry
         i, f, g, o = jnp.split(x @ p["w_x"] + h @ p["w_h"] + p["b"], 4, axis=-1)
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
@@ -103,7 +119,7 @@ def lstm(wrap: Wrap, time=200, width=256, batch=64, classes=10):
 
     def loss(params, xs, y):
         zeros = jnp.zeros((batch, width))
-        _, hs = lax.scan(lambda carry, x: cell(params, (carry, x)), (zeros, zeros), xs)
+        _, hs = scanned(wrap, cell, params, (zeros, zeros), xs, segment)
         return cross_entropy(hs[-1] @ params["head"], y)
 
     params = {"w_x": array(width, 4 * width), "w_h": array(width, 4 * width), "b": array(4 * width)}
@@ -120,16 +136,13 @@ def batch_norm(p, x):
     return (x - mean) * lax.rsqrt(((x - mean) ** 2).mean((0, 1, 2)) + 1e-5) * p["scale"] + p["bias"]
 
 
-def resnet(wrap: Wrap, depth=8, channels=32, size=32, batch=32, classes=10):
-    @wrap
+def resnet(wrap: Wrap, depth=8, channels=32, size=32, batch=32, classes=10, segment=1):
     def layer(p, x):
         y = jax.nn.relu(batch_norm(p["norm_0"], conv(p["conv_0"], x)))
         return jax.nn.relu(x + batch_norm(p["norm_1"], conv(p["conv_1"], y)))
 
     def loss(params, x, y):
-        x = conv(params["stem"], x)
-        for p in params["blocks"]:
-            x = layer(p, x)
+        x = chained(wrap, layer, params["blocks"], conv(params["stem"], x), segment)
         return cross_entropy(x.mean((1, 2)) @ params["head"], y)
 
     each = {f"conv_{k}": array(3, 3, channels, channels) for k in range(2)}

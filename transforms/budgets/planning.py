@@ -27,7 +27,7 @@ from .scans import Option, Scan
 from .search import Choice, Search, everything
 
 COMPILES = 4  # for a new budget
-CLOSE = 0.95  # a program that fills so much of its budget is not improved on
+CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
 
 

@@ -106,7 +106,7 @@ class Scan:
         for k in everything(joint):
             if not joint.nodes[k].is_pinned:
                 groups[joint.nodes[k].kind if len(joint.nodes) > SINGLY else k].append(k)
-        choices = [Choice(everything(joint))]
+        choices, dropped = [Choice(everything(joint))], list[list[int]]()
         while groups:
             here = simulate(choices[-1], 0)
 
@@ -115,7 +115,19 @@ class Scan:
                 return (there.seconds - here.seconds) / (sum(joint.nodes[k].bytes for k in groups[key]) + 1)
 
             cheapest = groups.pop(min(groups, key=price))
+            dropped.append(cheapest)
             choices.append(choices[-1]._replace(saved=choices[-1].saved.difference(cheapest)))
+        # What was dropped early may be worth more than what came after it: keep it again, the most seconds per byte first.
+        while dropped:
+            here = simulate(choices[-1], 0)
+
+            def worth(members, choice=choices[-1], here=here):
+                there = simulate(choice._replace(saved=choice.saved.union(members)), 0)
+                return (here.seconds - there.seconds) / (sum(joint.nodes[k].bytes for k in members) + 1)
+
+            best = max(dropped, key=worth)
+            dropped.remove(best)
+            choices.append(choices[-1]._replace(saved=choices[-1].saved.union(best)))
         return choices
 
     # ------------------------------------------------------------------------------------------------ how it runs

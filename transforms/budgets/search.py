@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from .joint import Joint
+
+
+TINY_S = 1e-9
+PARTS = 4  # of a segment, between which values may be held
+STARTS = 2  # of each kind that are tried
+SINGLES = 200  # nodes that are tried one by one in the end
 
 
 class Choice(NamedTuple):
@@ -43,82 +49,82 @@ class Simulation:
 
     def __init__(self, joint: Joint):
         self.joint = joint
-        self.sizes = np.array([node.bytes for node in joint.nodes], np.int64)
+        self.sizes = [node.bytes for node in joint.nodes]
+        self.seconds = [node.seconds for node in joint.nodes]
+        self.sources = [node.sources for node in joint.nodes]
+        self.is_run = [node.is_run for node in joint.nodes]
         self.last_forward = np.array(joint.last_forward, np.int64)
-        self.runs = 0
+        self.bytes = np.array(self.sizes, np.int64)
 
     def __call__(self, choice: Choice, budget: float) -> Outcome:
-        joint, nodes = self.joint, self.joint.nodes
-        self.runs += 1
-        count = len(joint.backward_bytes)
-        begin = [0] * (count + 1)
+        sizes, seconds, is_run, held = self.sizes, self.seconds, self.is_run, choice.held
+        change = [0] * (len(self.joint.backward_bytes) + 1)
         bumps: list[tuple[int, int]] = []
-        available, born, last = set(choice.saved), dict.fromkeys(choice.saved, 0), {}
-        cost = 0.0
+        born, last = dict.fromkeys(choice.saved, 0), dict[int, int]()
         done: set[int] = set()
-        for stage in joint.stages:
-            again: set[int] = set()
-            todo = [v for v in stage.reads if v not in available]
-            while todo:
-                v = todo.pop()
-                if v in again:
-                    continue
-                again.add(v)
-                for s in nodes[v].sources:
-                    if s in available:
-                        last[s] = max(last.get(s, 0), stage.start)
-                    elif s not in again:
-                        todo.append(s)
-            for v, at in stage.reads.items():
-                if v in available:
-                    last[v] = at
-            if not again:
-                continue
-            chain = sorted(again)
-            cost += sum(nodes[v].seconds for v in chain if nodes[v].is_run or v in done)
-            done |= again
-            readers: dict[int, int] = defaultdict(int)
-            for v in chain:
-                for s in nodes[v].sources:
-                    if s in again:
-                        readers[s] += 1
-            live = most = stays = 0
-            for v in chain:
-                live += nodes[v].bytes
-                most = max(most, live)
-                is_held = choice.held is None or v in choice.held
-                if v in stage.reads or is_held:
-                    stays += nodes[v].bytes
-                    readers[v] = -1
-                    if is_held:
-                        available.add(v)
-                        born[v], last[v] = stage.start, stage.reads.get(v, stage.start)
-                    else:
-                        begin[stage.start] += nodes[v].bytes
-                        begin[stage.reads[v] + 1] -= nodes[v].bytes
-                for s in nodes[v].sources:
-                    if s in again and readers[s] > 0:
-                        readers[s] -= 1
-                        if not readers[s]:
-                            live -= nodes[s].bytes
-            bumps.append((stage.start, most - stays))
-        for v, at in last.items():
-            begin[born[v]] += nodes[v].bytes
-            begin[at + 1] -= nodes[v].bytes
-        profile = joint.backward_bytes + np.cumsum(begin[:-1])
-        if bumps:
-            at, extra = map(list, zip(*bumps, strict=True))
+        cost = 0.0
+        for start, _, reads in self.joint.stages:
+            if missing := reads.keys() - born.keys():
+                chain, first_read = self._chain(missing, born)
+                last.update(dict.fromkeys(first_read, start))
+                cost += sum(seconds[v] for v in chain if is_run[v] or v in done)
+                done.update(chain)
+                stays = reads.keys() if held is None else reads.keys() | held
+                bumps.append((start, self._bump(chain, None if held is None else stays)))
+                for v in chain:
+                    if held is None or v in held:
+                        born[v] = last[v] = start
+                    elif v in reads:
+                        change[start] += sizes[v]
+                        change[reads[v] + 1] -= sizes[v]
+            last.update(reads)
+        for v, at in born.items():
+            if v in last:
+                change[at] += sizes[v]
+                change[last[v] + 1] -= sizes[v]
+        profile = self.joint.backward_bytes + np.cumsum(change[:-1])
+        for at, extra in bumps:
             profile[at] += extra
         before = self._forward(choice.saved)
         peak = int(max(profile.max(initial=0), before.max(initial=0)))
-        excess = float(np.maximum(profile - budget, 0).sum() + np.maximum(before - budget, 0).sum())
-        return Outcome(peak, cost, excess)
+        excess = np.maximum(profile - budget, 0).sum() + np.maximum(before - budget, 0).sum()
+        return Outcome(peak, cost, float(excess))
+
+    def _chain(self, wanted: Iterable[int], known: Container[int]) -> tuple[list[int], set[int]]:
+        """What must be computed for what is wanted, in order, and what of the known this reads."""
+        found, read, todo = set(wanted), set[int](), list(wanted)
+        while todo:
+            for s in self.sources[todo.pop()]:
+                if s in known:
+                    read.add(s)
+                elif s not in found:
+                    found.add(s)
+                    todo.append(s)
+        return sorted(found), read
+
+    def _bump(self, chain: Sequence[int], stays: Container[int] | None) -> int:
+        """By how much more is alive while a chain is computed than after it; `stays` is what is then alive, None for all."""
+        if stays is None:
+            return 0
+        inside, readers = set(chain), dict[int, int]()
+        for v in chain:
+            for s in self.sources[v]:
+                readers[s] = readers.get(s, 0) + 1
+        live = most = 0
+        for v in chain:
+            live += self.sizes[v]
+            most = max(most, live)
+            for s in self.sources[v]:
+                readers[s] -= 1
+                if not readers[s] and s in inside and s not in stays:
+                    live -= self.sizes[s]
+        return most - live
 
     def _forward(self, saved: frozenset[int]) -> np.ndarray:
         """What is alive at each node of the forward part."""
         kept = np.fromiter(saved, np.int64, len(saved))
         more = np.zeros(len(self.sizes) + 1, np.int64)
-        np.add.at(more, self.last_forward[kept] + 1, self.sizes[kept])
+        np.add.at(more, self.last_forward[kept] + 1, self.bytes[kept])
         return self.joint.forward_bytes + np.cumsum(more[:-1])
 
 
@@ -166,15 +172,19 @@ class Search:
 
     @cached_property
     def starts(self) -> list[Choice]:
-        """What keeps everything, and what keeps only the values between segments.
+        """What keeps everything, and what keeps only the values between segments: of each kind those of the lowest peaks.
 
-        Of what a segment computes again, all is held, or the values between its stages, or nothing.
+        Of what a segment computes again, all is held, or the values between its parts, or nothing.
         """
         counts = sorted({round(2 ** (k / 2)) for k in range(2, 12)})
-        found = dict.fromkeys(segments(self.joint, n) for n in counts if n <= len(self.joint.stages))
-        ends = segments(self.joint, len(self.joint.stages))
-        each = [Choice(saved, held) for held in (None, ends, frozenset[int]()) for saved in found]
-        return [Choice(everything(self.joint)), *each]
+        found = {segments(self.joint, n): segments(self.joint, PARTS * n) for n in counts if n <= len(self.joint.stages)}
+        kinds = (
+            [Choice(saved) for saved in found],
+            [Choice(saved, held) for saved, held in found.items()],
+            [Choice(saved, frozenset()) for saved in found],
+        )
+        peak = lambda choice: self.simulate(choice, 0).peak
+        return [Choice(everything(self.joint)), *(c for kind in kinds for c in sorted(kind, key=peak)[:STARTS])]
 
     def best(self, budget: float) -> tuple[Choice, Outcome] | None:
         """The cheapest choice found within a budget."""
@@ -184,7 +194,18 @@ class Search:
             outcome = self.simulate(choice, budget)
             if outcome.peak <= budget:
                 found.append((outcome.seconds, len(found), choice, outcome))
-        return min(found)[2:] if found else None
+        return self.polished(min(found)[2], budget) if found else None
+
+    def polished(self, choice: Choice, budget: float) -> tuple[Choice, Outcome]:
+        """Keep single nodes that have room, the most seconds per byte first."""
+        here, nodes = self.simulate(choice, budget), self.joint.nodes
+        rest = [k for k in range(len(nodes)) if k not in choice.saved and nodes[k].is_run]
+        for k in sorted(rest, key=lambda k: -nodes[k].seconds / (nodes[k].bytes + 1))[:SINGLES]:
+            more = choice._replace(saved=choice.saved | {k})
+            there = self.simulate(more, budget)
+            if there.peak <= budget and there.seconds < here.seconds:
+                choice, here = more, there
+        return choice, here
 
     def reduced(self, choice: Choice, budget: float) -> Choice:
         """Drop nodes until the peak fits, or nothing helps."""
@@ -235,4 +256,3 @@ class Search:
         return choice
 
 
-TINY_S = 1e-9
