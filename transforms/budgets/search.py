@@ -21,7 +21,10 @@ from .joint import Joint
 TINY_S = 1e-9
 PARTS = 4  # of a segment, between which values may be held
 STARTS = 2  # of each kind that are tried
+POLISHED = 3  # of the best
 SINGLES = 200  # nodes that are tried one by one in the end
+LITTLE = 0.3  # of what a node would be worth that is not kept
+ENOUGH = 0.999
 
 
 class Choice(NamedTuple):
@@ -194,18 +197,36 @@ class Search:
             outcome = self.simulate(choice, budget)
             if outcome.peak <= budget:
                 found.append((outcome.seconds, len(found), choice, outcome))
-        return self.polished(min(found)[2], budget) if found else None
+        best = [self.polished(choice, budget) for _, _, choice, _ in sorted(found)[:POLISHED]]
+        return min(best, key=lambda pair: pair[1].seconds, default=None)
 
     def polished(self, choice: Choice, budget: float) -> tuple[Choice, Outcome]:
-        """Keep single nodes that have room, the most seconds per byte first."""
-        here, nodes = self.simulate(choice, budget), self.joint.nodes
-        rest = [k for k in range(len(nodes)) if k not in choice.saved and nodes[k].is_run]
-        for k in sorted(rest, key=lambda k: -nodes[k].seconds / (nodes[k].bytes + 1))[:SINGLES]:
+        """Exchange single nodes: drop those that are worth little by now, and keep those that then have room."""
+        here = self.simulate(choice, budget)
+        while True:
+            there = self._exchanged(choice, here, budget)
+            outcome = self.simulate(there, budget)
+            if outcome.peak > budget or outcome.seconds >= here.seconds * ENOUGH:
+                return choice, here
+            choice, here = there, outcome
+
+    def _exchanged(self, choice: Choice, here: Outcome, budget: float) -> Choice:
+        nodes = self.joint.nodes
+        worth = lambda k: nodes[k].seconds / (nodes[k].bytes + 1)
+        rest = sorted((k for k in range(len(nodes)) if k not in choice.saved and nodes[k].is_run), key=worth)[-SINGLES:]
+        largest = max((nodes[k].bytes for k in rest), default=0)
+        best = max((worth(k) for k in rest if nodes[k].bytes >= largest / 100), default=0.0)
+        for k in sorted(choice.saved - self.pinned, key=worth)[:SINGLES]:
+            without = choice._replace(saved=choice.saved - {k})
+            there = self.simulate(without, budget)
+            if (there.seconds - here.seconds) / (nodes[k].bytes + 1) < LITTLE * best:
+                choice, here = without, there
+        for k in reversed(rest):
             more = choice._replace(saved=choice.saved | {k})
             there = self.simulate(more, budget)
             if there.peak <= budget and there.seconds < here.seconds:
                 choice, here = more, there
-        return choice, here
+        return choice
 
     def reduced(self, choice: Choice, budget: float) -> Choice:
         """Drop nodes until the peak fits, or nothing helps."""
