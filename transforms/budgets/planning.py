@@ -7,7 +7,7 @@ asked for one after the other, a smaller one does not get a bigger program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from .scans import Option, Scan
 from .search import Choice, Search, everything
 
 COMPILES = 4  # for a new budget
+MOST_HOPE = 1.1
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
 
@@ -65,6 +66,15 @@ class Traced:
     joint: Joint
     consts: list[Any]
     search: Search
+
+
+class Proposal(NamedTuple):
+    """What may be compiled: without a choice, nothing is computed again. `seconds` and `bytes` are simulated."""
+
+    traced: Traced
+    choice: Choice | None
+    seconds: float
+    bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,9 +186,10 @@ class Planner:
         """The program that computes nothing again but what the function itself says."""
         traced = self.trace(Config((), self.loops or Loops()))
         predicted = traced.search.simulate(Choice(everything(traced.joint)), 0).peak
-        return self._compiled(traced, None, traced.joint.seconds, predicted)
+        return self._compiled(Proposal(traced, None, traced.joint.seconds, predicted))
 
-    def _compiled(self, traced: Traced, choice: Choice | None, seconds: float, predicted: int) -> Candidate:
+    def _compiled(self, proposal: Proposal) -> Candidate:
+        traced, choice, seconds, predicted = proposal
         joint = traced.joint
         whole = _jax.jaxpr_as_fun(_jax.close(joint.jaxpr))
         emission = choice and Emission(joint, choice)
@@ -202,18 +213,21 @@ class Planner:
         if self.default.bytes <= limit:
             return self.within(limit)
         tried = {(c.traced.config, c.choice) for c in self.candidates}
-        while len(self.candidates) - before <= COMPILES:
-            aim = limit * self._bias(limit)
+        hope = 1.0  # beyond what was simulated
+        while len(self.candidates) - before <= COMPILES and hope < MOST_HOPE:
             best = self.within(limit)
-            proposal = self._propose(aim) or (None if best else self._smallest())
-            if proposal is None or (proposal[0].config, proposal[1]) in tried:
+            proposal = self._propose(limit * self._bias(limit) * hope)
+            if proposal is None and best is None:
+                proposal = self._smallest()
+            if proposal is None or (proposal.traced.config, proposal.choice) in tried:
+                hope *= 1.03
+            elif best and proposal.seconds >= best.seconds:
                 break
-            if best and proposal[2] >= best.seconds:
-                break
-            tried.add((proposal[0].config, proposal[1]))
-            made = self._compiled(*proposal)
-            if CLOSE * limit <= made.bytes <= limit:
-                break
+            else:
+                tried.add((proposal.traced.config, proposal.choice))
+                made = self._compiled(proposal)
+                if CLOSE * limit <= made.bytes <= limit:
+                    break
         return self.within(limit)
 
     def run(self, candidate: Candidate, values: Sequence[Any]) -> Any:
@@ -227,41 +241,43 @@ class Planner:
         near = min((c for c in self.candidates if c.choice), key=lambda c: abs(c.bytes - limit), default=None)
         return near.predicted_bytes / near.bytes if near and near.bytes else 1.0
 
-    def _propose(self, aim: float) -> tuple[Traced, Choice, float, int] | None:
-        """The cheapest choice of so many simulated bytes: its program, the choice, its seconds and bytes."""
+    def _propose(self, aim: float) -> Proposal | None:
+        """The cheapest program of so many simulated bytes."""
         found = []
-        for traced in map(self.trace, self._configs(aim)):
-            if best := traced.search.best(aim):
-                choice, outcome = best
-                found.append((traced, choice, traced.joint.seconds + outcome.seconds, outcome.peak))
-        return min(found, key=lambda p: p[2], default=None)
+        options = [scan.options for scan in self.scans.values()]
+        for loops in [self.loops or Loops()] if self.loops or not self.has_loops else LADDER:
+            room, feasible = aim, 0
+            # From the cheapest way to run the scans on, until the rest of the program has room too; and one way more.
+            while feasible < 2:
+                scans = _cheapest(options, room)
+                traced = self.trace(Config(tuple(scans), loops))
+                best = traced.search.best(aim)
+                if best:
+                    choice, outcome = best
+                    found.append(Proposal(traced, choice, traced.joint.seconds + outcome.seconds, outcome.peak))
+                    feasible += 1
+                used = sum(option.bytes for option in scans)
+                if not scans or used >= room:
+                    break
+                room = used - max(1.0, 0 if best else (traced.search.lowest - aim) / 2)
+            if found:
+                break
+        return min(found, key=lambda p: p.seconds, default=None)
 
-    def _smallest(self) -> tuple[Traced, Choice, float, int] | None:
-        """The choice with the smallest peak that is found by halving."""
+    def _smallest(self) -> Proposal | None:
+        """The program with the smallest peak that is found by halving."""
         low, high, best = 0.0, float(self.default.predicted_bytes), None
         while high - low > high / 32:
             middle = (low + high) / 2
             if found := self._propose(middle):
-                best, high = found, min(middle, found[3])
+                best, high = found, min(middle, found.bytes)
             else:
                 low = middle
         return best
 
-    def _configs(self, aim: float) -> Iterator[Config]:
-        """Ways to run scans and loops that leave so many bytes to the rest, or less to themselves."""
-        loops = [self.loops] if self.loops or not self.has_loops else LADDER
-        options = [scan.options for scan in self.scans.values()]
-        seen = set()
-        for loop in loops:
-            for part in (1.0, 0.9, 0.8, 0.65, 0.5, 0.35):
-                config = Config(tuple(_cheapest(options, aim * part)) if options else (), loop or Loops())
-                if config not in seen:
-                    seen.add(config)
-                    yield config
-
 
 def _cheapest(options: Sequence[Sequence[Option]], limit: float) -> list[Option]:
-    """An option for each scan, together within a limit: from the cheapest on, the move that saves the most per second."""
+    """An option for each scan, together within a limit if they can: from the cheapest on, by what saves the most per second."""
     at = [0] * len(options)
     while sum(o[k].bytes for o, k in zip(options, at, strict=True)) > limit:
         moves = []
@@ -273,6 +289,9 @@ def _cheapest(options: Sequence[Sequence[Option]], limit: float) -> list[Option]
             break
         _, i, further = max(moves)
         at[i] = further
+    for i, o in enumerate(options):
+        room = limit - sum(other[k].bytes for j, (other, k) in enumerate(zip(options, at, strict=True)) if j != i)
+        at[i] = next((k for k in range(at[i]) if o[k].bytes <= room), at[i])
     return [o[k] for o, k in zip(options, at, strict=True)]
 
 

@@ -85,9 +85,9 @@ class Scan:
         carry_bytes = sum(nbytes(v.aval) for v in carry)
         found: list[Option] = []
         for choice in self._choices():
-            outcome, emission = simulate(choice, 0), Emission(joint, choice)
-            saved_bytes = sum(nbytes(v.aval) for v in emission.saved)
-            step_bytes = saved_bytes + sum(nbytes(v.aval) for v in carry if v in emission.read)
+            outcome = simulate(choice, 0)
+            saved_bytes = sum(joint.nodes[k].bytes for k in choice.saved)
+            step_bytes = saved_bytes + carry_bytes
             alive = max(outcome.peak - saved_bytes, 0)
             for lengths in _segmentations(length):
                 starts = sum(a // b for a, b in pairwise((length, *lengths)))
@@ -100,35 +100,27 @@ class Scan:
         return best
 
     def _choices(self) -> list[Choice]:
-        """From what saves everything to what saves nothing, the fewest seconds per byte first."""
+        """From what saves everything to what saves nothing, the fewest seconds per byte first; each also with one more or less."""
         joint, simulate = self.joint, Simulation(self.joint)
         groups: dict[Any, list[int]] = defaultdict(list)
         for k in everything(joint):
             if not joint.nodes[k].is_pinned:
                 groups[joint.nodes[k].kind if len(joint.nodes) > SINGLY else k].append(k)
-        choices, dropped = [Choice(everything(joint))], list[list[int]]()
-        while groups:
-            here = simulate(choices[-1], 0)
+        saved, rest = everything(joint), [frozenset(group) for group in groups.values()]
+        found = [saved]
+        while rest:
+            here = simulate(Choice(saved), 0)
 
-            def price(key, choice=choices[-1], here=here):
-                there = simulate(choice._replace(saved=choice.saved.difference(groups[key])), 0)
-                return (there.seconds - here.seconds) / (sum(joint.nodes[k].bytes for k in groups[key]) + 1)
+            def price(group, saved=saved, here=here):
+                there = simulate(Choice(saved - group), 0)
+                return (there.seconds - here.seconds) / (sum(joint.nodes[k].bytes for k in group) + 1)
 
-            cheapest = groups.pop(min(groups, key=price))
-            dropped.append(cheapest)
-            choices.append(choices[-1]._replace(saved=choices[-1].saved.difference(cheapest)))
-        # What was dropped early may be worth more than what came after it: keep it again, the most seconds per byte first.
-        while dropped:
-            here = simulate(choices[-1], 0)
-
-            def worth(members, choice=choices[-1], here=here):
-                there = simulate(choice._replace(saved=choice.saved.union(members)), 0)
-                return (here.seconds - there.seconds) / (sum(joint.nodes[k].bytes for k in members) + 1)
-
-            best = max(dropped, key=worth)
-            dropped.remove(best)
-            choices.append(choices[-1]._replace(saved=choices[-1].saved.union(best)))
-        return choices
+            cheapest = min(rest, key=price)
+            rest.remove(cheapest)
+            saved = saved - cheapest
+            found.append(saved)
+        near = (saved ^ frozenset(group) for saved in found for group in groups.values())
+        return list(map(Choice, dict.fromkeys([*found, *near])))
 
     # ------------------------------------------------------------------------------------------------ how it runs
 

@@ -189,6 +189,11 @@ class Search:
         peak = lambda choice: self.simulate(choice, 0).peak
         return [Choice(everything(self.joint)), *(c for kind in kinds for c in sorted(kind, key=peak)[:STARTS])]
 
+    @cached_property
+    def lowest(self) -> int:
+        """The lowest peak of a start."""
+        return min(self.simulate(start, 0).peak for start in self.starts)
+
     def best(self, budget: float) -> tuple[Choice, Outcome] | None:
         """The cheapest choice found within a budget."""
         found = []
