@@ -88,7 +88,6 @@ class Joint:
       eqns: its equations, the `split` ones of the forward part first.
       nodes: of the forward part, in program order; `node_of` a variable, `sources` the nodes that a variable is computed from.
       stages: of the backward part.
-      seconds: of all equations, on a nominal machine.
       forward_bytes: what is alive at each node of the forward part, if nothing is kept.
       backward_bytes: what the backward part itself has alive at each of its equations.
     """
@@ -109,7 +108,6 @@ class Joint:
         self.order = {v: k for k, v in enumerate([*self.inputs, *made])}
         outputs = set(variables(self.outvars))
         works, self.inner_bytes = zip(*(_work(eqn, backend) for eqn in self.eqns), strict=True)
-        self.seconds = sum(map(seconds, works))
         has_memory = _with_memory(jaxpr, backend)
         free = outputs if are_results_free else set[Any]()
         self._make_nodes(outputs, free, has_memory, works)

@@ -69,7 +69,7 @@ class Traced:
 
 
 class Proposal(NamedTuple):
-    """What may be compiled: without a choice, nothing is computed again. `seconds` and `bytes` are simulated."""
+    """What may be compiled: without a choice, nothing is computed again, which takes `seconds`; these and `bytes` are simulated."""
 
     traced: Traced
     choice: Choice | None
@@ -83,7 +83,7 @@ class Candidate:
 
     Attributes:
       traced, choice: what is computed again; without a choice, nothing.
-      seconds: of the whole, on the nominal machine.
+      seconds: of what is computed again, on the nominal machine.
       predicted_bytes, bytes: of its temporaries, as simulated and of the compiled program.
       program: the jitted function of the joint's inputs.
     """
@@ -186,7 +186,7 @@ class Planner:
         """The program that computes nothing again but what the function itself says."""
         traced = self.trace(Config((), self.loops or Loops()))
         predicted = traced.search.simulate(Choice(everything(traced.joint)), 0).peak
-        return self._compiled(Proposal(traced, None, traced.joint.seconds, predicted))
+        return self._compiled(Proposal(traced, None, 0.0, predicted))
 
     def _compiled(self, proposal: Proposal) -> Candidate:
         traced, choice, seconds, predicted = proposal
@@ -254,7 +254,8 @@ class Planner:
                 best = traced.search.best(aim)
                 if best:
                     choice, outcome = best
-                    found.append(Proposal(traced, choice, traced.joint.seconds + outcome.seconds, outcome.peak))
+                    again = sum(option.seconds for option in scans) + outcome.seconds
+                    found.append(Proposal(traced, choice, again, outcome.peak))
                     feasible += 1
                 used = sum(option.bytes for option in scans)
                 if not scans or used >= room:
