@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -35,7 +35,9 @@ class TrainState(NamedTuple):
     key: Any = None
 
 
-def step(loss: Callable[..., Any], optimizer: Any, *, has_aux: bool = False) -> Update:
+def step(
+    loss: Callable[..., Any], optimizer: Any, *, has_aux: bool = False, memory: int | str | None = None
+) -> Update:
     """A training step: the gradient of `loss`, given to `optimizer`.
 
     What `init` is given decides what `loss` is given, by keyword, and what it returns besides its scalar:
@@ -50,6 +52,7 @@ def step(loss: Callable[..., Any], optimizer: Any, *, has_aux: bool = False) -> 
       loss: the function to minimise; its scalar is a float of shape ().
       optimizer: an optax.GradientTransformation, or anything with its `init` and `update`.
       has_aux: whether `loss` also returns a dict of metrics, name -> array.
+      memory: a budget for the gradient, as in `fg.value_and_grad`.
     Returns:
       An Update: call `update.init(params)` for the first state, `update(state, batch)` for the next one and
       {"loss": scalar, **metrics}.
@@ -69,7 +72,7 @@ def step(loss: Callable[..., Any], optimizer: Any, *, has_aux: bool = False) -> 
         name = getattr(optimizer, "__name__", type(optimizer).__name__)
         hint = "make one, as in optax.adam(1e-3)"
         raise OptionError(f"step needs an optimizer with init and update, not {name}.", hint=hint)
-    return Update(loss, optimizer, has_aux)
+    return Update(loss, optimizer, has_aux, memory)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +82,8 @@ class Update:
     loss: Callable[..., Any]
     optimizer: Any
     has_aux: bool = False
+    memory: int | str | None = None
+    slopes: dict[bool, Callable] = field(default_factory=dict, repr=False)  # kept, with what is planned for a budget
 
     def init(self, params: Any, *, key: Any = None, model_state: Any = None) -> TrainState:
         """The state before the first step."""
@@ -102,8 +107,10 @@ class Update:
         if state.model_state is not None:
             given["model_state"] = state.model_state
         self._check_taken(given)
-        slope = value_and_grad(self._loss("model_state" in given), has_aux=True)
-        (value, (model_state, metrics)), grads = slope(state.params, batch, **given)
+        stateful = "model_state" in given
+        if stateful not in self.slopes:
+            self.slopes[stateful] = value_and_grad(self._loss(stateful), has_aux=True, memory=self.memory)
+        (value, (model_state, metrics)), grads = self.slopes[stateful](state.params, batch, **given)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, model_state, state.key), {**metrics, "loss": value}
