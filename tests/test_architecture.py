@@ -19,7 +19,10 @@ TRANSFORMS = {"gradient", "batching", "compilation"}
 ALSO = {
     "graph": {"listing", "evaluation"},
     "listing": {"graph"},
-    "gradient": {"residuals", "scopes", "loops"},
+    "gradient": {"residuals", "scopes", "loops", "jacobians"},
+    "jacobians": {"chunks"},
+    "batching": {"chunks"},
+    "chunks": {"costs"},
     "patterns": {"matching"},
     "probes": {"frames"},
     "compilation": {"retraces"},

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import dispatch, evaluations, gradients, interleaving, loops, models, rewriting, training
+from benchmarks import chunks, dispatch, evaluations, gradients, interleaving, loops, models, rewriting, training
 
 from .corpus import CORPUS
 
@@ -25,6 +25,7 @@ PARTS = {
     "rewriting": rewriting,
     "loops": loops,
     "evaluations": evaluations,
+    "chunks": chunks,
 }
 ROOT = Path(__file__).parent.parent
 DIFFERENTIABLE = [p for p in CORPUS if "grad" not in p.lacks]

@@ -22,6 +22,7 @@ from .arguments import argument_names, name_of
 from .budgets import Plan, budgeted, planned
 from .errors import ArgumentError, GraphError, NotScalarError, OptionError, location
 from .graph import Graph, trace
+from .jacobians import jacobian as jacobian_in_chunks
 from .living import live
 from .loops import Loops
 from .loops import rules as reversible
@@ -142,9 +143,22 @@ def value_and_grad(
     return _derive(jax.value_and_grad, fun, options, rules, loops, scalar=True, memory=memory)
 
 
-def jacfwd(fun=None, argnums=0, has_aux=False, holomorphic=False, *, rules: UserRules | None = None):
+def jacfwd(
+    fun=None,
+    argnums=0,
+    has_aux=False,
+    holomorphic=False,
+    *,
+    rules: UserRules | None = None,
+    memory: int | str | None = None,
+    chunk: int | None = None,
+):
     """Jacobian by forward mode, one tangent per input element, as `jax.jacfwd`.
 
+    Args:
+      rules: as in `grad`.
+      memory, chunk: as in `vmap`, here of the vmap over tangents: bytes of temporaries, or how many tangents at a time.
+        With either, the jacobian is compiled, as by `jax.jit`.
     Returns:
       A function as `fun`, or a Graph; each output leaf becomes the tree of arguments, of shape output.shape + input.shape.
 
@@ -152,7 +166,8 @@ def jacfwd(fun=None, argnums=0, has_aux=False, holomorphic=False, *, rules: User
     Array([[2., 0.],
            [2., 1.]], dtype=float32)
     """
-    return _derive(jax.jacfwd, fun, dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic), rules)
+    options = dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic)
+    return _derive(jax.jacfwd, fun, options, rules, memory=memory, chunk=chunk)
 
 
 def jacrev(
@@ -164,10 +179,12 @@ def jacrev(
     *,
     rules: UserRules | None = None,
     loops: Loops | None = None,
+    memory: int | str | None = None,
+    chunk: int | None = None,
 ):
-    """Jacobian by reverse mode, one cotangent per output element, as `jax.jacrev`; shapes as in `jacfwd`."""
+    """Jacobian by reverse mode, one cotangent per output element, as `jax.jacrev`; shapes, `memory`, `chunk` as in `jacfwd`."""
     options = dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int)
-    return _derive(jax.jacrev, fun, options, rules, loops)
+    return _derive(jax.jacrev, fun, options, rules, loops, memory=memory, chunk=chunk)
 
 
 jacobian = jacrev  # as in JAX
@@ -181,13 +198,16 @@ def hessian(
     *,
     rules: UserRules | None = None,
     loops: Loops | None = None,
+    memory: int | str | None = None,
+    chunk: int | None = None,
 ):
-    """Second derivatives, forward over reverse, as `jax.hessian`.
+    """Second derivatives, forward over reverse, as `jax.hessian`; `memory` and `chunk` as in `jacfwd`, of its forward mode.
 
     Returns:
       A function as `fun`, or a Graph; each output leaf becomes a tree of trees, of shape output.shape + input.shape twice.
     """
-    return _derive(jax.hessian, fun, dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic), rules, loops)
+    options = dict(argnums=argnums, has_aux=has_aux, holomorphic=holomorphic)
+    return _derive(jax.hessian, fun, options, rules, loops, memory=memory, chunk=chunk)
 
 
 @_jax.api_boundary
@@ -242,7 +262,7 @@ def plan(
     _check_loops(fun, loops)
     options = dict(argnums=argnums, has_aux=has_aux)
     body = _returning_scalar("plan", fun, _overridden(fun, rules), options | dict(holomorphic=False))
-    return planned(jax.value_and_grad, body, memory, args, kwargs, options, loops)
+    return planned(jax.value_and_grad, body, args, kwargs, options=options, loops=loops, memory=memory)
 
 
 def halves(
@@ -326,33 +346,34 @@ def _derive(
     rules: UserRules | None,
     loops: Loops | None = None,
     scalar: bool = False,
-    memory: Any = None,
+    **budget: Any,
 ) -> Any:
     """`transform` of `fun`: a decorator if `fun` is None, a Graph if `fun` is one, else a function."""
     if fun is None:
-        return functools.partial(
-            _derive, transform, options=options, rules=rules, loops=loops, scalar=scalar, memory=memory
-        )
+        again = dict(options=options, rules=rules, loops=loops, scalar=scalar, **budget)
+        return functools.partial(_derive, transform, **again)
     if not callable(fun):
         raise ArgumentError(
             f"{transform.__name__} takes a function or a Graph, and got {type(fun).__name__}.", inputs=f"{fun!r:.60}"
         )
-    _check_loops(fun, loops)
-    is_whole = transform is jax.jacfwd or memory is not None  # the budget decides on loops
-    body = _overridden(fun, rules) if is_whole else differentiable(fun, rules=rules, loops=loops)
-    derived = _explained(transform, fun, body, options, scalar, memory, loops)
-    return fun.derive(derived, f"{transform.__name__}({fun.name})") if isinstance(fun, Graph) else derived
+    verb, is_within = transform.__name__, any(given is not None for given in budget.values())
+    if is_within and scalar:  # the budget decides on loops
+        _check_loops(fun, loops)
+        body = _returning_scalar(verb, fun, _overridden(fun, rules), options)
+        derived = functools.wraps(fun, updated=())(budgeted(transform, body, options=options, loops=loops, **budget))
+    else:
+        body = _overridden(fun, rules) if transform is jax.jacfwd else differentiable(fun, rules=rules, loops=loops)
+        body = _returning_scalar(verb, fun, body, options) if scalar else body
+        if is_within:
+            derived = jacobian_in_chunks(transform, body, options, f"{verb} of {name_of(fun)}", **budget)
+        else:
+            derived = transform(body, **options)
+    explained = _explained(verb, fun, derived, options)
+    return fun.derive(explained, f"{verb}({fun.name})") if isinstance(fun, Graph) else explained
 
 
-def _explained(
-    transform: Callable, fun: Callable, body: Callable, options: dict, scalar: bool, memory: Any, loops: Loops | None
-) -> Callable:
-    """`transform` of `fun` as a function, with errors in the user's words."""
-    verb = transform.__name__
-    checked = _returning_scalar(verb, fun, body, options) if scalar else body
-    derived = transform(checked, **options)
-    if memory is not None:
-        derived = functools.wraps(derived)(budgeted(transform, checked, memory, options, loops))
+def _explained(verb: str, fun: Callable, derived: Callable, options: dict) -> Callable:
+    """What a transform made of `fun`, with errors in the user's words."""
 
     @functools.wraps(derived)
     @_jax.api_boundary

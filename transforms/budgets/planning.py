@@ -27,7 +27,7 @@ from .scans import Option, Scan
 from .search import Choice, Search, everything
 
 COMPILES = 4  # for a new budget
-MOST_HOPE = 1.1
+PROPOSALS = 10  # most of which are known
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
 
@@ -213,14 +213,14 @@ class Planner:
         if self.default.bytes <= limit:
             return self.within(limit)
         tried = {(c.traced.config, c.choice) for c in self.candidates}
-        hope = 1.0  # beyond what was simulated
-        while len(self.candidates) - before <= COMPILES and hope < MOST_HOPE:
+        aim = limit * self._bias(limit)
+        for _ in range(PROPOSALS):
             best = self.within(limit)
-            proposal = self._propose(limit * self._bias(limit) * hope)
-            if proposal is None and best is None:
-                proposal = self._smallest()
-            if proposal is None or (proposal.traced.config, proposal.choice) in tried:
-                hope *= 1.03
+            proposal = self._propose(aim) or (None if best else self._smallest())
+            if proposal is None or len(self.candidates) - before > COMPILES:
+                break
+            if (proposal.traced.config, proposal.choice) in tried:
+                aim *= 1.03 if best else 0.97
             elif best and proposal.seconds >= best.seconds:
                 break
             else:
@@ -228,6 +228,7 @@ class Planner:
                 made = self._compiled(proposal)
                 if CLOSE * limit <= made.bytes <= limit:
                     break
+                aim *= limit / made.bytes if made.bytes else 1.0
         return self.within(limit)
 
     def run(self, candidate: Candidate, values: Sequence[Any]) -> Any:
@@ -239,7 +240,7 @@ class Planner:
     def _bias(self, limit: float) -> float:
         """By how much simulated bytes differ from compiled ones, for the program next to a limit."""
         near = min((c for c in self.candidates if c.choice), key=lambda c: abs(c.bytes - limit), default=None)
-        return near.predicted_bytes / near.bytes if near and near.bytes else 1.0
+        return min(max(near.predicted_bytes / near.bytes, 0.9), 1.1) if near and near.bytes else 1.0
 
     def _propose(self, aim: float) -> Proposal | None:
         """The cheapest program of so many simulated bytes."""

@@ -98,7 +98,7 @@ class Plan:
         return "\n".join(head)
 
 
-def budgeted(transform: Callable, f: Callable, memory: Any, options: dict, loops: Loops | None) -> Callable:
+def budgeted(transform: Callable, f: Callable, *, options: dict, loops: Loops | None, memory: Any) -> Callable:
     """`transform(f, **options)`, compiled, with temporaries that keep to `memory`.
 
     What is planned is kept, by the types of the arguments and the values of those that are not traced.
@@ -114,7 +114,7 @@ def budgeted(transform: Callable, f: Callable, memory: Any, options: dict, loops
 
 
 def planned(
-    transform: Callable, f: Callable, memory: Any, args: tuple, kwargs: dict, options: dict, loops: Loops | None
+    transform: Callable, f: Callable, args: tuple, kwargs: dict, *, options: dict, loops: Loops | None, memory: Any
 ) -> Plan:
     """What `budgeted` does at a call; `args` and `kwargs` may be types."""
     limit = bytes_of(memory)
