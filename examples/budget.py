@@ -115,7 +115,9 @@ def draw(points: dict[str, list[tuple[str, float, float]]], path: str) -> None:
         names, sizes, times = zip(*sorted(found, key=lambda p: p[1]), strict=True)
         axes.plot(sizes, times, style, label=kind)
         for name, x, y in zip(names, sizes, times, strict=True):
-            axes.annotate(name, (x, y), xytext=(5, 5 if kind == "by hand" else -12), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                name, (x, y), xytext=(5, 5 if kind == "by hand" else -12), textcoords="offset points", fontsize=8
+            )
     axes.set(xlabel="temporaries of the gradient, MiB", ylabel="ms per gradient", xlim=(0, None), ylim=(0, None))
     axes.set_title(f"A transformer of {LAYERS} layers, batch {BATCH}")
     axes.legend()
@@ -129,7 +131,7 @@ def main(path: str = "budget.png") -> float:
     print(fg.plan(loss, params, text, memory=BUDGET).text(lines=6), "\n")
 
     update = fg.step(loss, optax.adam(1e-3), memory=BUDGET)
-    state, log = fg.train(update, update.init(params), map(text_of, range(STEPS)), steps=STEPS)
+    _, log = fg.train(update, update.init(params), map(text_of, range(STEPS)), steps=STEPS)
     print(log, "\n")
 
     points = measured(params, text)

@@ -19,7 +19,8 @@ TRANSFORMS = {"gradient", "batching", "compilation"}
 ALSO = {
     "graph": {"listing", "evaluation"},
     "listing": {"graph"},
-    "gradient": {"residuals", "scopes", "loops", "jacobians"},
+    "gradient": {"residuals", "scopes", "loops", "budgets", "jacobians", "refusals"},
+    "budgets": {"costs", "loops"},
     "jacobians": {"chunks"},
     "batching": {"chunks"},
     "chunks": {"costs"},

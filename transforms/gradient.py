@@ -15,17 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 from jax.dtypes import float0
-from jax.tree_util import keystr, tree_flatten, tree_leaves, tree_leaves_with_path, tree_unflatten
+from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
 from . import _jax
-from .arguments import argument_names, name_of
+from .arguments import name_of
 from .budgets import Plan, budgeted, planned
-from .errors import ArgumentError, GraphError, NotScalarError, OptionError, location
+from .errors import ArgumentError, OptionError, location
 from .graph import Graph, trace
 from .jacobians import jacobian as jacobian_in_chunks
 from .living import live
 from .loops import Loops
 from .loops import rules as reversible
+from .refusals import explained, returning_scalar, wrong_arguments
 from .residuals import Halves, in_program_order
 from .rules import Rule, Rules
 from .scopes import scoped
@@ -259,10 +260,13 @@ def plan(
     >>> p.compiled_bytes <= 0.75 * p.default_bytes, p.extra_flops < 0.2
     (True, True)
     """
+    if not callable(fun):
+        raise ArgumentError(f"plan takes a function or a Graph, and got {type(fun).__name__}.", inputs=f"{fun!r:.60}")
     _check_loops(fun, loops)
-    options = dict(argnums=argnums, has_aux=has_aux)
-    body = _returning_scalar("plan", fun, _overridden(fun, rules), options | dict(holomorphic=False))
-    return planned(jax.value_and_grad, body, args, kwargs, options=options, loops=loops, memory=memory)
+    options = dict(argnums=argnums, has_aux=has_aux, holomorphic=False)
+    body = returning_scalar("plan", fun, _overridden(fun, rules), options)
+    derived = functools.partial(planned, jax.value_and_grad, body, options=options, loops=loops, memory=memory)
+    return explained("plan", fun, derived, options)(*args, **kwargs)
 
 
 def halves(
@@ -302,7 +306,7 @@ def halves(
         numbers = (argnums,) if isinstance(argnums, int) else argnums
         some_are_floats = any(is_inexact(x) for k in numbers if k < len(args) for x in tree_leaves(args[k]))
         options = dict(argnums=argnums, holomorphic=False) | (dict(allow_int=True) if some_are_floats else {})
-        if problem := _wrong_arguments("halves", graph, args, options):
+        if problem := wrong_arguments("halves", graph, args, options):
             raise problem
         chosen = [k % len(args) for k in numbers]
 
@@ -359,110 +363,14 @@ def _derive(
     verb, is_within = transform.__name__, any(given is not None for given in budget.values())
     if is_within and scalar:  # the budget decides on loops
         _check_loops(fun, loops)
-        body = _returning_scalar(verb, fun, _overridden(fun, rules), options)
+        body = returning_scalar(verb, fun, _overridden(fun, rules), options)
         derived = functools.wraps(fun, updated=())(budgeted(transform, body, options=options, loops=loops, **budget))
     else:
         body = _overridden(fun, rules) if transform is jax.jacfwd else differentiable(fun, rules=rules, loops=loops)
-        body = _returning_scalar(verb, fun, body, options) if scalar else body
+        body = returning_scalar(verb, fun, body, options) if scalar else body
         if is_within:
             derived = jacobian_in_chunks(transform, body, options, f"{verb} of {name_of(fun)}", **budget)
         else:
             derived = transform(body, **options)
-    explained = _explained(verb, fun, derived, options)
-    return fun.derive(explained, f"{verb}({fun.name})") if isinstance(fun, Graph) else explained
-
-
-def _explained(verb: str, fun: Callable, derived: Callable, options: dict) -> Callable:
-    """What a transform made of `fun`, with errors in the user's words."""
-
-    @functools.wraps(derived)
-    @_jax.api_boundary
-    def explained(*args, **kwargs):
-        try:
-            return derived(*args, **kwargs)
-        except (TypeError, ValueError) as e:
-            # JAX looks at the arguments before it runs the function: if they are wrong, they are the cause.
-            problem = _wrong_arguments(verb, fun, args, options)
-            if problem is None and "while_loop" in str(e) and "Reverse-mode" in str(e):
-                problem = GraphError(
-                    f"{verb} of {name_of(fun)} reaches a while loop that may not run again, or a call of jax.grad around one.",
-                    at=location(fun),
-                    hint="take io_callback, ordered effects and references out of the loop; inside of the function use fg.grad",
-                )
-            if problem is None:
-                raise
-        raise problem
-
-    return explained
-
-
-def _returning_scalar(verb: str, fun: Callable, body: Callable, options: dict) -> Callable:
-    @functools.wraps(fun, updated=())
-    def checked(*args, **kwargs):
-        out = body(*args, **kwargs)
-        if options["has_aux"] and not (isinstance(out, tuple) and len(out) == 2):
-            return out  # JAX says what is wrong
-        value = out[0] if options["has_aux"] else out
-        aval = jax.typeof(value) if jax.tree_util.all_leaves([value]) and hasattr(value, "dtype") else None
-        kind = jax.numpy.inexact if options["holomorphic"] else jax.numpy.floating
-        if aval is not None and aval.shape == () and jax.dtypes.issubdtype(aval.dtype, kind):
-            return out
-        if isinstance(value, float | complex):
-            return out
-        if aval is not None and aval.shape == () and jax.dtypes.issubdtype(aval.dtype, jax.numpy.complexfloating):
-            return out  # JAX's message on `holomorphic` is the better one
-        raise NotScalarError(
-            f"{verb} needs a float scalar of shape (), and {name_of(fun)} returned {_summary(value)}.",
-            at=location(fun),
-            hint=f"reduce it, as in jnp.mean({name_of(fun)}(...)), or take fg.jacrev({name_of(fun)})",
-        )
-
-    return checked
-
-
-def _wrong_arguments(verb: str, fun: Callable, args: tuple, options: dict) -> Exception | None:
-    argnums = options["argnums"]
-    names = argument_names(_jax.signature_of(fun), len(args))
-    for k in argnums if isinstance(argnums, tuple | list) else (argnums,):
-        if not isinstance(k, int):
-            return None
-        if not -len(args) <= k < len(args):
-            refused = ArgumentError if k >= 0 else OptionError  # JAX's types: TypeError and ValueError
-            return refused(
-                f"{verb} with argnums={argnums} needs {k + 1 if k >= 0 else -k} positional arguments, "
-                f"and {name_of(fun)} was called with {len(args)}.",
-                at=location(fun),
-                hint=f"pass what is to be differentiated by position, or change argnums: {name_of(fun)}{_jax.signature_of(fun)}",
-            )
-        for path, leaf in tree_leaves_with_path(args[k]):
-            where = names[k] + keystr(path)
-            try:
-                dtype = jax.typeof(leaf).dtype
-            except TypeError:
-                return ArgumentError(
-                    f"{verb} differentiates {name_of(fun)} with respect to {where}, which is no array but {type(leaf).__name__}.",
-                    at=location(fun),
-                    inputs=f"{where} = {leaf!r:.60}",
-                    hint="leave it out of argnums",
-                )
-            if options["holomorphic"] or options.get("allow_int"):
-                continue
-            if not jax.dtypes.issubdtype(dtype, jax.numpy.inexact):
-                cast = f"{where}.astype(float)" if hasattr(leaf, "astype") else f"float({where})"
-                return ArgumentError(
-                    f"{verb} differentiates {name_of(fun)} with respect to {where}, which holds {dtype}.",
-                    at=location(fun),
-                    hint=f"leave it out of argnums, or cast it: {cast}"
-                    + (", or set allow_int=True" if "allow_int" in options else ""),
-                )
-    return None
-
-
-def _summary(value: Any) -> str:
-    leaves = tree_leaves(value)
-    if len(leaves) == 1 and leaves[0] is value:
-        try:
-            return jax.typeof(value).str_short()
-        except TypeError:
-            return f"{type(value).__name__}"
-    return f"a {type(value).__name__} of {len(leaves)} leaves"
+    derived = explained(verb, fun, derived, options)
+    return fun.derive(derived, f"{verb}({fun.name})") if isinstance(fun, Graph) else derived

@@ -35,9 +35,7 @@ class TrainState(NamedTuple):
     key: Any = None
 
 
-def step(
-    loss: Callable[..., Any], optimizer: Any, *, has_aux: bool = False, memory: int | str | None = None
-) -> Update:
+def step(loss: Callable[..., Any], optimizer: Any, *, has_aux: bool = False, memory: int | str | None = None) -> Update:
     """A training step: the gradient of `loss`, given to `optimizer`.
 
     What `init` is given decides what `loss` is given, by keyword, and what it returns besides its scalar:

@@ -17,21 +17,26 @@ from .. import _jax
 from .joint import Joint, variables
 from .search import Choice
 
-
 AGAIN = "rematted_computation"  # JAX's own name for the scope of what is computed again
 
 
 class Emission:
-    """The two parts of a joint program, as functions of flat values, under the current trace."""
+    """The two parts of a joint program, as functions of flat values, under the current trace.
 
-    def __init__(self, joint: Joint, choice: Choice):
+    Args:
+      joint, choice: the program, and what is kept.
+      late: outputs that the backward part returns, also where no cotangent reaches them.
+    """
+
+    def __init__(self, joint: Joint, choice: Choice, late: Sequence[Any] = ()):
         self.joint, self.choice = joint, choice
         self.maker = {v: eqn for eqn in joint.eqns[: joint.split] for v in eqn.outvars}
         self.made = {v for eqn in joint.eqns[joint.split :] for v in eqn.outvars}
         saved = [v for v, k in joint.node_of.items() if k in choice.saved]
         self.held = {v for v, k in joint.node_of.items() if choice.held is None or k in choice.held}
-        reads = self._ordered(self._read_by(joint.eqns[joint.split :]), saved)
-        self.read = self._read_by([*joint.eqns[joint.split :], *reads])
+        self.late = {v for v in variables(late) if v in joint.sources}
+        reads = self._ordered(self._read_by(joint.eqns[joint.split :]) | self.late, saved)
+        self.read = self._read_by([*joint.eqns[joint.split :], *reads]) | self.late
         self.saved = [v for v in saved if v in self.read]  # of nodes with several results only those that are read
 
     def whole(self, values: Sequence[Any]) -> list[Any]:
@@ -72,7 +77,10 @@ class Emission:
             for eqn in eqns:
                 _bind(eqn, env)
                 made.update((v, env[v]) for v in eqn.outvars)
-        return made
+        env = dict(known)
+        for eqn in self._ordered(self.late, known):
+            _bind(eqn, env)
+        return made | {v: env[v] for v in self.late}
 
     def _read_by(self, eqns: Sequence[Any]) -> set[Any]:
         """What equations read of the forward part."""

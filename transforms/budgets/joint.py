@@ -107,7 +107,8 @@ class Joint:
         made = [v for eqn in self.eqns for v in eqn.outvars]
         self.order = {v: k for k, v in enumerate([*self.inputs, *made])}
         outputs = set(variables(self.outvars))
-        works, self.inner_bytes = zip(*(_work(eqn, backend) for eqn in self.eqns), strict=True)
+        measured = [_work(eqn, backend) for eqn in self.eqns]
+        works, self.inner_bytes = [work for work, _ in measured], [size for _, size in measured]
         has_memory = _with_memory(jaxpr, backend)
         free = outputs if are_results_free else set[Any]()
         self._make_nodes(outputs, free, has_memory, works)
@@ -154,7 +155,7 @@ class Joint:
         return tuple(dict.fromkeys(s for v in _read(eqn) for s in self.sources.get(v, ())))
 
     def _make_stages(self, outputs: set[Any], has_memory: set[int]) -> None:
-        """Cut the backward part where the fewest bytes are handed on: of cotangents, and of nodes that are read before and after."""
+        """Cut the backward part where the fewest bytes are handed on: of cotangents, and of nodes that are read on both sides."""
         backward = self.eqns[self.split :]
         made = {v: k for k, eqn in enumerate(backward) for v in eqn.outvars}
         last = dict(made)
@@ -262,7 +263,9 @@ def _unfolding() -> Unfolding:
 def _work(eqn: Any, backend: Backend) -> tuple[Work, int]:
     """The work of an equation, and the bytes that its bodies need inside."""
     read = _read(eqn)
-    steps, results = _unfolding().unfolded(_Alone([eqn], read, outvars=eqn.outvars), [_argument(v) for v in read], (), 1)
+    steps, results = _unfolding().unfolded(
+        _Alone([eqn], read, outvars=eqn.outvars), [_argument(v) for v in read], (), 1
+    )
     inside = temp_bytes(steps, results, backend) if layouts.has_bodies(eqn.primitive) else 0
     return total(steps), inside
 
@@ -283,4 +286,5 @@ def _read(eqn: Any) -> list[Any]:
 
 
 def variables(atoms: Sequence[Any]) -> list[Any]:
+    """Those of some atoms that are no literals."""
     return [v for v in atoms if isinstance(v, _jax.Var)]

@@ -13,11 +13,14 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.dtypes import float0
 from jax.tree_util import tree_flatten, tree_unflatten
 
 from .. import _jax, layouts
+from ..arguments import name_of
 from ..costs.materialised import BACKENDS
+from ..errors import ArgumentError, OptionError, location
 from ..living import live, run
 from ..loops import Loops
 from ..loops import rules as reversible
@@ -28,6 +31,7 @@ from .search import Choice, Search, everything
 
 COMPILES = 4  # for a new budget
 PROPOSALS = 10  # most of which are known
+FAR = 1.15  # a program that takes so much more than its budget was simulated too badly to go on from
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
 
@@ -69,7 +73,7 @@ class Traced:
 
 
 class Proposal(NamedTuple):
-    """What may be compiled: without a choice, nothing is computed again, which takes `seconds`; these and `bytes` are simulated."""
+    """What may be compiled, with the seconds of what is computed again and the bytes, as simulated; see `Candidate`."""
 
     traced: Traced
     choice: Choice | None
@@ -122,10 +126,12 @@ class Planner:
         def flat(*values):
             args, kwargs = call.arguments(values)
             leaves, tree = tree_flatten(f(*args, **kwargs))
+            _check_returned(f, leaves)
             outputs[:] = [tree]
             return leaves
 
         closed = _jax.stage(f, *call.arguments(values), values, flat)
+        _check_surroundings(transform, f, closed, values)
         (self.primal_tree,) = outputs
         self.consts, self.flat = list(closed.consts), flattened(closed)
         self.shardings = [*map(placed, self.consts), *map(placed, values)]
@@ -133,6 +139,7 @@ class Planner:
         self.out_tree: Any = None
         self.traced: dict[Config, Traced] = {}
         self.candidates: list[Candidate] = []
+        self.answers: dict[float, Candidate | None] = {}
 
     # ------------------------------------------------------------------------------------------------ what may be planned
 
@@ -167,13 +174,17 @@ class Planner:
                 def f(*args, **kwargs):
                     out = run(self.flat, [*consts, *self.call.values(args, kwargs)], bind)
                     out = tree_unflatten(self.primal_tree, out)
-                    return (seam(out[0]), out[1]) if self.options["has_aux"] else seam(out)
+                    if not self.options["has_aux"]:
+                        return seam(out)
+                    is_pair = isinstance(out, tuple) and len(out) == 2  # if not, JAX says what is wrong
+                    return (seam(out[0]), out[1]) if is_pair else out
 
                 args, kwargs = self.call.arguments(values)
                 f = live(f, reversible(config.loops)) if self.has_loops else f
                 leaves, tree = tree_flatten(self.transform(f, **self.options)(*args, **kwargs))
                 is_array = [getattr(x, "dtype", None) != float0 for x in leaves]
-                self.out_tree = tree, [None if ok else x for x, ok in zip(leaves, is_array, strict=True)]
+                empty = [None if ok else np.zeros(x.shape, float0) for x, ok in zip(leaves, is_array, strict=True)]
+                self.out_tree = tree, empty
                 return [x for x, ok in zip(leaves, is_array, strict=True) if ok]
 
             closed = _jax.stage_flat(flat, [v.aval for v in self.flat.invars], _jax.no_names)
@@ -204,32 +215,55 @@ class Planner:
     # ------------------------------------------------------------------------------------------------ budgets
 
     def within(self, limit: float) -> Candidate | None:
-        """The cheapest program found whose temporaries fit in so many bytes."""
-        return min((c for c in self.candidates if c.bytes <= limit), key=lambda c: c.seconds, default=None)
+        """The cheapest program found whose temporaries fit in so many bytes.
+
+        It takes no less than what a smaller budget got, and no more than what a bigger one got.
+        """
+        least = max((c.bytes for budget, c in self.answers.items() if c and budget <= limit), default=0)
+        most = min((c.bytes for budget, c in self.answers.items() if c and budget >= limit), default=limit)
+        fitting = (c for c in self.candidates if least <= c.bytes <= min(limit, most))
+        return min(fitting, key=lambda c: c.seconds, default=None)
 
     def within_budget(self, limit: float) -> Candidate | None:
-        """The cheapest program found within so many bytes, after some more were compiled; None if none fits."""
-        before = len(self.candidates) - 1
+        """The cheapest program found within so many bytes; None if none fits. A budget's answer stays."""
+        if limit not in self.answers:
+            self.answers[limit] = self._found(limit)
+        return self.answers[limit]
+
+    def _found(self, limit: float) -> Candidate | None:
+        """`within` so many bytes, after some more programs were compiled."""
         if self.default.bytes <= limit:
             return self.within(limit)
         tried = {(c.traced.config, c.choice) for c in self.candidates}
-        aim = limit * self._bias(limit)
+        aim, left = (
+            limit * self._bias(limit),
+            COMPILES if self.answers else COMPILES - 1,
+        )  # the default is the first budget's
         for _ in range(PROPOSALS):
             best = self.within(limit)
-            proposal = self._propose(aim) or (None if best else self._smallest())
-            if proposal is None or len(self.candidates) - before > COMPILES:
+            proposal = self._propose(aim) if left > (0 if best else 1) else None
+            if proposal is None or (best and proposal.seconds >= best.seconds):
                 break
             if (proposal.traced.config, proposal.choice) in tried:
                 aim *= 1.03 if best else 0.97
-            elif best and proposal.seconds >= best.seconds:
+                continue
+            tried.add((proposal.traced.config, proposal.choice))
+            made, left = self._compiled(proposal), left - 1
+            if CLOSE * limit <= made.bytes <= limit or (made.bytes > FAR * limit and not best):
                 break
-            else:
-                tried.add((proposal.traced.config, proposal.choice))
-                made = self._compiled(proposal)
-                if CLOSE * limit <= made.bytes <= limit:
-                    break
-                aim *= limit / made.bytes if made.bytes else 1.0
+            aim *= limit / made.bytes if made.bytes else 1.0
+        # What XLA adds the least to; and one more before a budget is refused.
+        for surer in (lambda: self._between_segments(limit * CLOSE), lambda: self.smallest):
+            proposal = None if self.within(limit) else surer()
+            if proposal and (proposal.traced.config, proposal.choice) not in tried:
+                self._compiled(proposal)
         return self.within(limit)
+
+    @property
+    def smallest_bytes(self) -> int:
+        """Of the smallest program that is found for every budget, also by another planner."""
+        known = (c.bytes for c in self.candidates if self.smallest and (c.traced, c.choice) == self.smallest[:2])
+        return min([self.default.bytes, *known])
 
     def run(self, candidate: Candidate, values: Sequence[Any]) -> Any:
         """What a program returns for what is traced of a call."""
@@ -239,8 +273,18 @@ class Planner:
 
     def _bias(self, limit: float) -> float:
         """By how much simulated bytes differ from compiled ones, for the program next to a limit."""
-        near = min((c for c in self.candidates if c.choice), key=lambda c: abs(c.bytes - limit), default=None)
-        return min(max(near.predicted_bytes / near.bytes, 0.9), 1.1) if near and near.bytes else 1.0
+        near = min(self.candidates, key=lambda c: abs(c.bytes - limit))
+        return min(max(near.predicted_bytes / near.bytes, 0.95), 1.05) if near.bytes else 1.0
+
+    def _between_segments(self, aim: float) -> Proposal | None:
+        """The cheapest program that keeps only what lies between segments, as one does by hand: XLA adds the least to these."""
+        if self.scans and self.smallest is None:
+            return None
+        traced = self.smallest.traced if self.scans else self.default.traced
+        again = sum(option.seconds for option in traced.config.scans)
+        starts = ((start, traced.search.simulate(start, 0)) for start in traced.search.starts)
+        found = [Proposal(traced, start, again + o.seconds, o.peak) for start, o in starts if o.peak <= aim]
+        return min(found, key=lambda p: p.seconds, default=None)
 
     def _propose(self, aim: float) -> Proposal | None:
         """The cheapest program of so many simulated bytes."""
@@ -266,7 +310,8 @@ class Planner:
                 break
         return min(found, key=lambda p: p.seconds, default=None)
 
-    def _smallest(self) -> Proposal | None:
+    @cached_property
+    def smallest(self) -> Proposal | None:
         """The program with the smallest peak that is found by halving."""
         low, high, best = 0.0, float(self.default.predicted_bytes), None
         while high - low > high / 32:
@@ -295,6 +340,34 @@ def _cheapest(options: Sequence[Sequence[Option]], limit: float) -> list[Option]
         room = limit - sum(other[k].bytes for j, (other, k) in enumerate(zip(options, at, strict=True)) if j != i)
         at[i] = next((k for k in range(at[i]) if o[k].bytes <= room), at[i])
     return [o[k] for o, k in zip(options, at, strict=True)]
+
+
+def _check_returned(f: Callable, leaves: Sequence[Any]) -> None:
+    for x in leaves:
+        try:
+            jax.typeof(x)
+        except TypeError:
+            raise ArgumentError(
+                f"{name_of(f)} returned {type(x).__name__}, which is no array: with memory= it is traced.",
+                at=location(f),
+                inputs=f"{x!r:.60}",
+                hint="return arrays, in any tree; None is an empty one",
+            ) from None
+
+
+def _check_surroundings(transform: Callable, f: Callable, closed: Any, values: Sequence[Any]) -> None:
+    """Refuse what cannot be compiled by itself."""
+    verb = f"{transform.__name__} of {name_of(f)} with memory="
+    if not all(_jax.is_array(v.aval) for v in (*closed.jaxpr.constvars, *closed.jaxpr.invars)):
+        hint = "make the reference inside of the function, and return what it holds"
+        raise ArgumentError(f"{verb} takes no references, and closes over none.", at=location(f), hint=hint)
+    axes = {e.name for e in closed.jaxpr.effects if isinstance(e, _jax.NamedAxisEffect)} | _jax.varying(values)
+    if axes:
+        raise OptionError(
+            f"{verb} cannot be compiled inside of what maps it over {', '.join(sorted(map(repr, axes)))}.",
+            at=location(f),
+            hint="differentiate the function that holds the shard_map or the vmap, with memory= there",
+        )
 
 
 def _has_loops(jaxpr: Any) -> bool:

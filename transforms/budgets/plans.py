@@ -114,7 +114,7 @@ def budgeted(transform: Callable, f: Callable, *, options: dict, loops: Loops | 
 
 
 def planned(
-    transform: Callable, f: Callable, args: tuple, kwargs: dict, *, options: dict, loops: Loops | None, memory: Any
+    transform: Callable, f: Callable, *args: Any, options: dict, loops: Loops | None, memory: Any, **kwargs: Any
 ) -> Plan:
     """What `budgeted` does at a call; `args` and `kwargs` may be types."""
     limit = bytes_of(memory)
@@ -163,7 +163,7 @@ def _planner(
     for x in static:
         if not isinstance(x, Hashable):
             raise ArgumentError(
-                f"{transform.__name__} of {name_of(f)} with memory= takes arrays and what can be hashed, and got {type(x).__name__}.",
+                f"{transform.__name__} of {name_of(f)} with memory= takes arrays and what has a hash, not {type(x).__name__}.",
                 at=location(f),
                 inputs=f"{x!r:.60}",
                 hint="pass a tuple or a frozen dataclass, or close over it",
@@ -185,7 +185,7 @@ def _answer(planner: Planner, f: Callable, memory: Any) -> tuple[Candidate, int]
     limit = limit if isinstance(limit, int) else limit * planner.default.bytes
     chosen = planner.within_budget(limit)
     if chosen is None:
-        smallest = min(c.bytes for c in planner.candidates)
+        smallest = planner.smallest_bytes
         error = BudgetError(
             f"{planner.transform.__name__} of {name_of(f)} needs more than {bytes_in_words(limit)} of temporaries: "
             f"the smallest program found takes {bytes_in_words(smallest)}.",
@@ -202,7 +202,9 @@ def _parts(found: Iterable[tuple[Any, Any, int, float]]) -> tuple[Part, ...]:
     """Together by scope, the largest first."""
     parts: dict[str, Part] = {}
     for path, eqn, size, flops in found:
-        where = "/".join(name for name in path if name not in (AGAIN, BACKWARD)) or _jax.line_of(eqn) or eqn.primitive.name
+        where = (
+            "/".join(name for name in path if name not in (AGAIN, BACKWARD)) or _jax.line_of(eqn) or eqn.primitive.name
+        )
         old = parts.get(where, Part(where, 0))
         parts[where] = Part(where, old.values + 1, old.bytes + size, old.flops + flops)
     return tuple(sorted(parts.values(), key=lambda p: (-p.bytes, -p.flops)))

@@ -71,7 +71,9 @@ class Scan:
 
         outs, pull = jax.vjp(of_floats, *_chosen(inputs, self.is_in))
         marked = iter([checkpoint_name(ct, SEAM) for ct in cts])
-        full = [next(marked) if ok else np.zeros(a.shape, float0) for a, ok in zip(self.out_avals, self.is_out, strict=True)]
+        full = [
+            next(marked) if ok else np.zeros(a.shape, float0) for a, ok in zip(self.out_avals, self.is_out, strict=True)
+        ]
         return [*outs, *pull(full)]
 
     # ------------------------------------------------------------------------------------------------ what there is to choose
@@ -100,7 +102,7 @@ class Scan:
         return best
 
     def _choices(self) -> list[Choice]:
-        """From what saves everything to what saves nothing, the fewest seconds per byte first; each also with one more or less."""
+        """From what saves everything to what saves nothing, the fewest seconds per byte first; and with one more or less."""
         joint, simulate = self.joint, Simulation(self.joint)
         groups: dict[Any, list[int]] = defaultdict(list)
         for k in everything(joint):
@@ -126,7 +128,7 @@ class Scan:
 
     def run(self, option: Option, values: Sequence[Any]) -> list[Any]:
         """The scan for its operands, with the derivative of this option."""
-        emission, length = Emission(self.joint, option.choice), self.eqn.params["length"]
+        emission, length = self._emission(option.choice), self.eqn.params["length"]
 
         @jax.custom_vjp
         def planned(*values):
@@ -149,11 +151,16 @@ class Scan:
         planned.defvjp(forward, backward)
         return list(planned(*values))
 
+    def _emission(self, choice: Choice) -> Emission:
+        return Emission(self.joint, choice, self.joint.outvars[len(self.out_avals) :])
+
     def _split(self, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         a, b, _ = accumulate(self.sizes)
         return list(values[:a]), list(values[a:b]), list(values[b:])
 
-    def _forward(self, emission: Emission, length: int, lengths: tuple[int, ...], consts: Any, carry: Any, xs: Any) -> Any:
+    def _forward(
+        self, emission: Emission, length: int, lengths: tuple[int, ...], consts: Any, carry: Any, xs: Any
+    ) -> Any:
         """The carry, the results, and what the backward pass needs: of every step, or the carry where each segment starts."""
         if lengths:
             size, *inner = lengths

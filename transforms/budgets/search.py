@@ -17,7 +17,6 @@ import numpy as np
 
 from .joint import Joint
 
-
 TINY_S = 1e-9
 PARTS = 4  # of a segment, between which values may be held
 STARTS = 2  # of each kind that are tried
@@ -40,7 +39,7 @@ class Choice(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a choice costs: the peak in bytes, seconds of what is computed again, and bytes above the budget, over all equations."""
+    """The peak of a choice in bytes, the seconds of what it computes again, and its bytes above the budget over all equations."""
 
     peak: int
     seconds: float
@@ -60,6 +59,7 @@ class Simulation:
         self.bytes = np.array(self.sizes, np.int64)
 
     def __call__(self, choice: Choice, budget: float) -> Outcome:
+        """The outcome of a choice."""
         sizes, seconds, is_run, held = self.sizes, self.seconds, self.is_run, choice.held
         change = [0] * (len(self.joint.backward_bytes) + 1)
         bumps: list[tuple[int, int]] = []
@@ -137,6 +137,7 @@ def everything(joint: Joint) -> frozenset[int]:
 
 
 def pinned(joint: Joint) -> frozenset[int]:
+    """The nodes that are computed only once."""
     return frozenset(k for k, node in enumerate(joint.nodes) if node.is_pinned)
 
 
@@ -180,7 +181,9 @@ class Search:
         Of what a segment computes again, all is held, or the values between its parts, or nothing.
         """
         counts = sorted({round(2 ** (k / 2)) for k in range(2, 12)})
-        found = {segments(self.joint, n): segments(self.joint, PARTS * n) for n in counts if n <= len(self.joint.stages)}
+        found = {
+            segments(self.joint, n): segments(self.joint, PARTS * n) for n in counts if n <= len(self.joint.stages)
+        }
         kinds = (
             [Choice(saved) for saved in found],
             [Choice(saved, held) for saved, held in found.items()],
@@ -261,7 +264,9 @@ class Search:
 
     def _kept(self, choice: Choice, members: Sequence[int], budget: float) -> Choice:
         """Keep as many of the last of `members` as fit: what is computed again late is so while little else is alive."""
-        fits = lambda n: self.simulate(choice._replace(saved=choice.saved.union(members[len(members) - n :])), budget).excess == 0
+        fits = lambda n: (
+            self.simulate(choice._replace(saved=choice.saved.union(members[len(members) - n :])), budget).excess == 0
+        )
         low, high = 0, len(members)
         while low < high:
             middle = (low + high + 1) // 2
@@ -270,7 +275,9 @@ class Search:
 
     def refilled(self, choice: Choice, budget: float) -> Choice:
         """Keep again what has room, the most seconds per byte first."""
-        worth = lambda kind: -self.joint.nodes[self.kinds[kind][0]].seconds / (self.joint.nodes[self.kinds[kind][0]].bytes + 1)
+        worth = lambda kind: (
+            -self.joint.nodes[self.kinds[kind][0]].seconds / (self.joint.nodes[self.kinds[kind][0]].bytes + 1)
+        )
         here = self.simulate(choice, budget)
         for kind in sorted(self.kinds, key=worth):
             members = [k for k in self.kinds[kind] if k not in choice.saved]
@@ -280,5 +287,3 @@ class Search:
                 if there.peak <= budget and there.seconds < here.seconds:
                     choice, here = kept, there
         return choice
-
-
