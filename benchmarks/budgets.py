@@ -88,8 +88,8 @@ def arrays(args: tuple) -> tuple:
 
 def run(quick: bool) -> list[dict[str, Any]]:
     if quick:
-        make = partial(trainings.mlp, depth=6, width=32, batch=128)
-        return list(measured("MLP, 6 layers", make, (2,), (0.7,), rounds=3))
+        make = partial(trainings.gpt, depth=4, width=16, heads=2, time=16, batch=4, characters=16)
+        return list(measured("GPT, scan over 4 layers", make, (), (0.6,), rounds=3))
     return [
         row
         for name, (make, sizes, segments) in MODELS.items()
@@ -130,6 +130,8 @@ def measured(
             wall = interleaved(*calls, rounds=rounds, within_s=30.0).wall_s
             row["time"] = ratio(wall[0], min(wall[1:], key=np.median))
         yield row
+    if len(parts) == 1:
+        return
     least, ours = min(w.bytes for w in ways), planned(loss, args, 1).smallest
     empty = dict.fromkeys(COLUMNS, math.nan) | {"model": name, "hand": SMALLEST}
     yield empty | {"budget": ours / default.bytes, "MiB": ours / MIB, "hand_MiB": least / MIB, "MiB_used": ours / MIB}

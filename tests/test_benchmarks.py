@@ -14,7 +14,18 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import chunks, dispatch, evaluations, gradients, interleaving, loops, models, rewriting, training
+from benchmarks import (
+    budgets,
+    chunks,
+    dispatch,
+    evaluations,
+    gradients,
+    interleaving,
+    loops,
+    models,
+    rewriting,
+    training,
+)
 
 from .corpus import CORPUS
 
@@ -26,6 +37,7 @@ PARTS = {
     "loops": loops,
     "evaluations": evaluations,
     "chunks": chunks,
+    "budgets": budgets,
 }
 ROOT = Path(__file__).parent.parent
 DIFFERENTIABLE = [p for p in CORPUS if "grad" not in p.lacks]

@@ -217,7 +217,7 @@ def test_values_are_not_known():
 
 
 def test_arguments_that_cannot_be_hashed():
-    with pytest.raises(fg.ArgumentError, match="arrays and what can be hashed, and got set"):
+    with pytest.raises(fg.ArgumentError, match="arrays and what has a hash, not set"):
         fg.grad(lambda x, s: x, memory="50%")(1.0, {1})
 
 

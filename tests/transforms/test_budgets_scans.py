@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from funcgrad.transforms.budgets import plans, search
-from funcgrad.transforms.budgets.planning import Config
+from funcgrad.transforms.budgets.planning import Config, Proposal
 from funcgrad.transforms.loops import Loops
 from jax import lax
 
@@ -201,7 +201,7 @@ def assert_all_options(f, most):
     longest = max(map(len, options), default=1)
     for k in sorted({round(k) for k in np.linspace(0, longest - 1, most)}):
         traced = planner.trace(Config(tuple(o[min(k, len(o) - 1)] for o in options), Loops()))
-        made = planner._compiled(traced, search.Choice(search.pinned(traced.joint)), 0.0, 0)
+        made = planner._compiled(Proposal(traced, search.Choice(search.pinned(traced.joint)), 0.0, 0))
         assert_close_values(planner.run(made, values), want)
 
 
@@ -237,7 +237,7 @@ def assert_any_choice(f, args, given, rounds=4):
         nodes = range(len(traced.joint.nodes))
         saved = {v for v in nodes if draw.random() < (0, 0.5, 0.9, 0.2)[k]} | search.pinned(traced.joint)
         held = frozenset(v for v in nodes if draw.random() < 0.5) if k % 2 else None
-        made = planner._compiled(traced, search.Choice(frozenset(saved), held), 0.0, 0)
+        made = planner._compiled(Proposal(traced, search.Choice(frozenset(saved), held), 0.0, 0))
         got = planner.run(made, values)
         shapes = lambda tree: jax.tree.map(lambda x: x.shape if x.dtype == jax.dtypes.float0 else x, tree)
         assert_close_values(shapes(got), shapes(want))

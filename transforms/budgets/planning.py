@@ -31,7 +31,6 @@ from .search import Choice, Search, everything
 
 COMPILES = 4  # for a new budget
 PROPOSALS = 10  # most of which are known
-FAR = 1.15  # a program that takes so much more than its budget was simulated too badly to go on from
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
 
@@ -249,7 +248,7 @@ class Planner:
                 continue
             tried.add((proposal.traced.config, proposal.choice))
             made, left = self._compiled(proposal), left - 1
-            if CLOSE * limit <= made.bytes <= limit or (made.bytes > FAR * limit and not best):
+            if CLOSE * limit <= made.bytes <= limit:
                 break
             aim *= limit / made.bytes if made.bytes else 1.0
         # What XLA adds the least to; and one more before a budget is refused.
