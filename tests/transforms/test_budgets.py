@@ -188,6 +188,10 @@ def test_dynamic_loops():
     np.testing.assert_allclose(got, jax.jacfwd(f)(W), rtol=1e-4, atol=1e-5)
 
 
+def test_a_gradient_without_equations():
+    assert fg.grad(lambda x, n: 2.0 * x, 1, allow_int=True, memory=1)(1.0, jnp.int32(1)).dtype == jax.dtypes.float0
+
+
 def test_gradients_that_are_no_arrays_are_no_tracers():
     _, float0 = fg.grad(lambda x, n: x * n.astype(x.dtype), (0, 1), allow_int=True, memory="50%")(1.0, jnp.int32(2))
     assert not isinstance(float0, jax.core.Tracer)

@@ -158,7 +158,7 @@ def test_plans_inside_of_traces(around):
 
 
 @pytest.mark.parametrize("f", [loss, scanned, lambda w, x: jnp.sum(jax.nn.softmax(loss(w, x) * x @ w))])
-@pytest.mark.parametrize("memory", [1, 3000, "30%"])
+@pytest.mark.parametrize("memory", [1, 3000, "10%"])
 def test_the_smallest_budget_can_be_asked_for(f, memory):
     with pytest.raises(fg.BudgetError) as e:
         fg.value_and_grad(f, memory=memory)(W, X)
@@ -294,7 +294,7 @@ def test_a_plan_runs_nothing():
 
 
 PROCESS = """
-import resource, sys
+import re, sys
 import jax, jax.numpy as jnp
 import funcgrad as fg
 
@@ -312,7 +312,8 @@ f = attention if case == "attention" else loss
 step = fg.plan(f, w, x, memory="40%").graph if case == "budget" else jax.value_and_grad(f)
 step = jax.jit(step).lower(w, x)
 program = step.compile()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which begins with that of the process that started this one.
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()
 jax.block_until_ready(program(w, x))
 grown = peak() - before
@@ -330,7 +331,7 @@ def process(case):
 
 @unrolled
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_process_takes_less():
     (temp, grown, _), (less, grown_less, _) = process("default"), process("budget")
     assert temp > 150e6
@@ -339,7 +340,7 @@ def test_the_process_takes_less():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_fusions_of_xla_on_cpus_hide():
     """XLA leaves out what its YNN kernels allocate: of attention a fifth. Without them it says the truth."""
     temp, grown, whole = process("attention")
