@@ -362,7 +362,9 @@ def _derive(
     if is_within and scalar:  # the budget decides on loops
         _check_loops(fun, loops)
         body = returning_scalar(verb, fun, _overridden(fun, rules), options)
-        derived = functools.wraps(fun, updated=())(budgeted(transform, body, options=options, loops=loops, **budget))
+        derived: Callable = functools.wraps(fun, updated=())(
+            budgeted(transform, body, options=options, loops=loops, **budget)
+        )
     else:
         body = _overridden(fun, rules) if transform is jax.jacfwd else differentiable(fun, rules=rules, loops=loops)
         body = returning_scalar(verb, fun, body, options) if scalar else body

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +27,11 @@ from ..loops import rules as reversible
 from .emission import Emission
 from .joint import Joint, flattened, seam
 from .scans import Option, Scan
-from .search import Choice, Search, everything
+from .search import TINY_S, Choice, Search, everything
 
 COMPILES = 4  # for a new budget
 PROPOSALS = 10  # most of which are known
+FAR, MISSED = 0.05, 0.985  # of a budget: what counts as badly simulated; what is aimed at after a miss
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
 
@@ -206,7 +207,8 @@ class Planner:
         program = jax.jit(lambda *values: emission.whole(values) if emission else whole(*values))
         shardings = [*map(placed, traced.consts), *self.shardings]
         structs = [_struct(v.aval, sharding) for v, sharding in zip(joint.inputs, shardings, strict=True)]
-        size = int(program.lower(*structs).compile().memory_analysis().temp_size_in_bytes)
+        analysis: Any = program.lower(*structs).compile().memory_analysis()
+        size = int(analysis.temp_size_in_bytes)
         candidate = Candidate(traced, choice, seconds, predicted, size, program)
         self.candidates.append(candidate)
         return candidate
@@ -238,24 +240,31 @@ class Planner:
             limit * self._bias(limit),
             COMPILES if self.answers else COMPILES - 1,
         )  # the default is the first budget's
+        surer = cache(lambda: self._between_segments(limit * CLOSE))  # what XLA adds the least to
+        missed = 0  # bytes that the last program took too many
         for _ in range(PROPOSALS):
             best = self.within(limit)
-            proposal = self._propose(aim) if left > (0 if best else 1) else None
+            is_far = missed > FAR * limit
+            # One program is left for the surer one.
+            proposal = self._propose(aim) if left > (1 if not best and is_far else 0) else None
+            if left and is_far and surer() and (proposal is None or surer().seconds < proposal.seconds):
+                proposal = surer()
             if proposal is None or (best and proposal.seconds >= best.seconds):
                 break
             if (proposal.traced.config, proposal.choice) in tried:
                 aim *= 1.03 if best else 0.97
+                missed = 0
                 continue
             tried.add((proposal.traced.config, proposal.choice))
             made, left = self._compiled(proposal), left - 1
+            missed = made.bytes - limit
             if CLOSE * limit <= made.bytes <= limit:
                 break
-            aim *= limit / made.bytes if made.bytes else 1.0
-        # What XLA adds the least to; and one more before a budget is refused.
-        for surer in (lambda: self._between_segments(limit * CLOSE), lambda: self.smallest):
-            proposal = None if self.within(limit) else surer()
-            if proposal and (proposal.traced.config, proposal.choice) not in tried:
-                self._compiled(proposal)
+            if proposal is not surer():
+                aim *= (limit / made.bytes if made.bytes else 1.0) * (MISSED if missed > 0 else 1.0)
+        last = None if self.within(limit) else self.smallest  # one more before a budget is refused
+        if last and (last.traced.config, last.choice) not in tried:
+            self._compiled(last)
         return self.within(limit)
 
     @property
@@ -277,10 +286,8 @@ class Planner:
 
     def _between_segments(self, aim: float) -> Proposal | None:
         """The cheapest program that keeps only what lies between segments, as one does by hand: XLA adds the least to these."""
-        if self.scans and self.smallest is None:
-            return None
-        traced = self.smallest.traced if self.scans else self.default.traced
-        again = sum(option.seconds for option in traced.config.scans)
+        traced = self.smallest.traced if self.scans and self.smallest else self.default.traced
+        again = sum(option.seconds for option in traced.config.scans if option)
         starts = ((start, traced.search.simulate(start, 0)) for start in traced.search.starts)
         found = [Proposal(traced, start, again + o.seconds, o.peak) for start, o in starts if o.peak <= aim]
         return min(found, key=lambda p: p.seconds, default=None)
@@ -330,7 +337,7 @@ def _cheapest(options: Sequence[Sequence[Option]], limit: float) -> list[Option]
         for i, k in enumerate(at):
             for further in range(k + 1, len(options[i])):
                 here, there = options[i][k], options[i][further]
-                moves.append(((here.bytes - there.bytes) / (there.seconds - here.seconds + 1e-9), i, further))
+                moves.append(((here.bytes - there.bytes) / (there.seconds - here.seconds + TINY_S), i, further))
         if not moves:
             break
         _, i, further = max(moves)

@@ -199,13 +199,13 @@ class Search:
 
     def best(self, budget: float) -> tuple[Choice, Outcome] | None:
         """The cheapest choice found within a budget."""
-        found = []
+        found: list[tuple[float, int, Choice]] = []
         for start in self.starts:
             choice = self.refilled(self.reduced(start, budget), budget)
             outcome = self.simulate(choice, budget)
             if outcome.peak <= budget:
-                found.append((outcome.seconds, len(found), choice, outcome))
-        best = [self.polished(choice, budget) for _, _, choice, _ in sorted(found)[:POLISHED]]
+                found.append((outcome.seconds, len(found), choice))
+        best = [self.polished(choice, budget) for _, _, choice in sorted(found)[:POLISHED]]
         return min(best, key=lambda pair: pair[1].seconds, default=None)
 
     def polished(self, choice: Choice, budget: float) -> tuple[Choice, Outcome]:

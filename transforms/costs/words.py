@@ -27,7 +27,7 @@ def bytes_of(memory: Any) -> int | float:
     >>> bytes_of("1.5KiB"), bytes_of(2000), bytes_of("50%")
     (1536, 2000, 0.5)
     """
-    if isinstance(memory, numbers.Integral) and not isinstance(memory, bool) and memory > 0:
+    if isinstance(memory, numbers.Integral) and not isinstance(memory, bool) and int(memory) > 0:
         return int(memory)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTP]?i?B|%)\s*", memory) if isinstance(memory, str) else None
     if found and (number := float(found[1])) > 0:
