@@ -236,19 +236,17 @@ class Planner:
         if self.default.bytes <= limit:
             return self.within(limit)
         tried = {(c.traced.config, c.choice) for c in self.candidates}
-        aim, left = (
-            limit * self._bias(limit),
-            COMPILES if self.answers else COMPILES - 1,
-        )  # the default is the first budget's
+        left = COMPILES if self.answers else COMPILES - 1  # the default is one of the first budget's
+        aim, missed = limit * self._bias(limit), 0.0  # `missed`: bytes that the last program took too many
         surer = cache(lambda: self._between_segments(limit * CLOSE))  # what XLA adds the least to
-        missed = 0  # bytes that the last program took too many
         for _ in range(PROPOSALS):
             best = self.within(limit)
             is_far = missed > FAR * limit
             # One program is left for the surer one.
             proposal = self._propose(aim) if left > (1 if not best and is_far else 0) else None
-            if left and is_far and surer() and (proposal is None or surer().seconds < proposal.seconds):
-                proposal = surer()
+            rival = surer() if left and is_far else None
+            if rival and (proposal is None or rival.seconds < proposal.seconds):
+                proposal = rival
             if proposal is None or (best and proposal.seconds >= best.seconds):
                 break
             if (proposal.traced.config, proposal.choice) in tried:
@@ -260,7 +258,7 @@ class Planner:
             missed = made.bytes - limit
             if CLOSE * limit <= made.bytes <= limit:
                 break
-            if proposal is not surer():
+            if proposal is not rival:
                 aim *= (limit / made.bytes if made.bytes else 1.0) * (MISSED if missed > 0 else 1.0)
         last = None if self.within(limit) else self.smallest  # one more before a budget is refused
         if last and (last.traced.config, last.choice) not in tried:
