@@ -19,6 +19,7 @@ from .joint import Joint
 
 TINY_S = 1e-9
 PARTS = 4  # of a segment, between which values may be held
+EQUATIONS = 3000  # in larger programs less is tried
 STARTS = 2  # of each kind that are tried
 POLISHED = 3  # of the best
 SINGLES = 200  # nodes that are tried one by one in the end
@@ -173,6 +174,7 @@ class Search:
             if not node.is_pinned:
                 self.kinds[node.kind].append(k)
         self.pinned = pinned(joint)
+        self.effort = EQUATIONS / (len(joint.eqns) + 1)  # a simulation takes as long as the program has equations
 
     @cached_property
     def starts(self) -> list[Choice]:
@@ -190,7 +192,10 @@ class Search:
             [Choice(saved, frozenset()) for saved in found],
         )
         peak = lambda choice: self.simulate(choice, 0).peak
-        return [Choice(everything(self.joint)), *(c for kind in kinds for c in sorted(kind, key=peak)[:STARTS])]
+        return [
+            Choice(everything(self.joint)),
+            *(c for kind in kinds for c in sorted(kind, key=peak)[: max(min(STARTS, int(self.effort)), 1)]),
+        ]
 
     @cached_property
     def lowest(self) -> int:
@@ -205,18 +210,22 @@ class Search:
             outcome = self.simulate(choice, budget)
             if outcome.peak <= budget:
                 found.append((outcome.seconds, len(found), choice))
-        best = [self.polished(choice, budget) for _, _, choice in sorted(found)[:POLISHED]]
+            if found and self.effort < 1:
+                break
+        cheapest = [choice for _, _, choice in sorted(found)[:POLISHED]]
+        best = [self.polished(choice, budget) for choice in cheapest[: max(int(self.effort), 1)]]
         return min(best, key=lambda pair: pair[1].seconds, default=None)
 
     def polished(self, choice: Choice, budget: float) -> tuple[Choice, Outcome]:
         """Exchange single nodes: drop those that are worth little by now, and keep those that then have room."""
         here = self.simulate(choice, budget)
-        while True:
+        while self.effort >= 1:
             there = self._exchanged(choice, here, budget)
             outcome = self.simulate(there, budget)
             if outcome.peak > budget or outcome.seconds >= here.seconds * ENOUGH:
-                return choice, here
+                break
             choice, here = there, outcome
+        return choice, here
 
     def _exchanged(self, choice: Choice, here: Outcome, budget: float) -> Choice:
         nodes = self.joint.nodes
