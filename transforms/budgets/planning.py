@@ -242,9 +242,9 @@ class Planner:
         for _ in range(PROPOSALS):
             best = self.within(limit)
             is_far = missed > FAR * limit
-            # One program is left for the surer one.
-            proposal = self._propose(aim) if left > (1 if not best and is_far else 0) else None
-            rival = surer() if left and is_far else None
+            if left <= (0 if best else 1):  # one is left for the smallest
+                break
+            proposal, rival = self._propose(aim), surer() if is_far else None
             if rival and (proposal is None or rival.seconds < proposal.seconds):
                 proposal = rival
             if proposal is None or (best and proposal.seconds >= best.seconds):
@@ -260,7 +260,7 @@ class Planner:
                 break
             if proposal is not rival:
                 aim *= (limit / made.bytes if made.bytes else 1.0) * (MISSED if missed > 0 else 1.0)
-        last = None if self.within(limit) else self.smallest  # one more before a budget is refused
+        last = None if self.within(limit) else self.smallest
         if last and (last.traced.config, last.choice) not in tried:
             self._compiled(last)
         return self.within(limit)
