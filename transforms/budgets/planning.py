@@ -242,7 +242,7 @@ class Planner:
         for _ in range(PROPOSALS):
             best = self.within(limit)
             is_far = missed > FAR * limit
-            if left <= (0 if best else 1):  # one is left for the smallest
+            if left <= (0 if best else 1):  # one is left for a surer one
                 break
             proposal, rival = self._propose(aim), surer() if is_far else None
             if rival and (proposal is None or rival.seconds < proposal.seconds):
@@ -260,9 +260,10 @@ class Planner:
                 break
             if proposal is not rival:
                 aim *= (limit / made.bytes if made.bytes else 1.0) * (MISSED if missed > 0 else 1.0)
-        last = None if self.within(limit) else self.smallest
-        if last and (last.traced.config, last.choice) not in tried:
-            self._compiled(last)
+        for last in (surer, lambda: self.smallest):
+            proposal = None if self.within(limit) else last()
+            if proposal and (proposal.traced.config, proposal.choice) not in tried:
+                self._compiled(proposal)
         return self.within(limit)
 
     @property
