@@ -22,7 +22,7 @@ import funcgrad as fg
 from funcgrad import nn
 
 LAYERS, FEATURES, HEADS, CONTEXT, BATCH, VOCABULARY = 24, 64, 4, 64, 16, 64
-BUDGET, BUDGETS, STEPS, TIMED = "25%", ("50%", "35%", "25%", "18%"), 40, 5
+BUDGET, BUDGETS, STEPS, TIMED = "25%", ("50%", "25%"), 40, 5
 MIB = 2**20
 POLICIES: dict[str, Callable] = {
     "no remat": lambda layer: layer,

@@ -79,7 +79,7 @@ def test_budget_trains_in_a_part_of_its_memory(tmp_path, capsys, monkeypatch):
 
 
 SLOWLY = [("digits", 60), ("charlm", 180), ("adaptive_ode", 60)]
-SLOWLY += [("budget", 300)] * (jax.__version_info__ >= (0, 11))
+SLOWLY += [("budget", 400)] * (jax.__version_info__ >= (0, 11))
 
 
 @pytest.mark.slow
