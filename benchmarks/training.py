@@ -82,11 +82,12 @@ def run(quick: bool) -> list[dict[str, Any]]:
 
 def measured(model: Model, quick: bool) -> list[dict[str, Any]]:
     """Batches on the device and on the host, with the chunk that is best by hand; then with the chunk that `train` chooses."""
-    params, host = model.params(), model.batches(model.chunk if quick else model.steps)
+    chunk, steps = (4, 4) if quick else (model.chunk, model.steps)
+    params, host = model.params(), model.batches(steps)
     hand, update = ByHand(loss_of(model.by_hand), params), fg.step(loss_of(model.layer), OPTIMIZER)
     state = update.init(params)
     device = jax.block_until_ready(jax.device_put(host))
-    best = hand.best(device, model.chunk)
+    best = chunk if quick else hand.best(device, chunk)
 
     def row(kind: str, batches: Sequence[Any], chunk: int | str, steps: int) -> dict[str, Any]:
         batches = list(itertools.islice(itertools.cycle(batches), steps))
@@ -107,8 +108,8 @@ def measured(model: Model, quick: bool) -> list[dict[str, Any]]:
         }
 
     if quick:
-        return [row("device", device, best, model.chunk)]
-    rows = [row("device", device, best, model.steps), row("host", host, best, model.steps)]
+        return [row("device", device, best, steps)]
+    rows = [row("device", device, best, steps), row("host", host, best, steps)]
     return rows + ([row("device", device, "auto", model.auto_steps)] if model.auto_steps else [])
 
 

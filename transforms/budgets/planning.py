@@ -1,8 +1,8 @@
 """Planning: programs within a budget, compiled and measured.
 
 For one function and arguments of one type, a `Planner` keeps every program that it has compiled, with its measured bytes. A
-budget is answered by the cheapest of them that fits, after at most `COMPILES` more have been tried. So of budgets that are
-asked for one after the other, a smaller one does not get a bigger program.
+budget is answered by the cheapest of them that fits, after at most `COMPILES` more have been tried; one more, where before a
+refusal the sure program was not sure. Of budgets that are asked for one after the other, a smaller one gets no bigger program.
 """
 
 from __future__ import annotations
@@ -64,12 +64,17 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """The joint program of a configuration; it takes the constants first. `seconds` is what it takes if nothing is dropped."""
+    """The joint program of a configuration; it takes the constants first.
+
+    `tree` is that of its results, `constants` are those of its leaves that no program returns: gradients of integers.
+    """
 
     config: Config
     joint: Joint
     consts: list[Any]
     search: Search
+    tree: Any
+    constants: list[Any]
 
 
 class Proposal(NamedTuple):
@@ -136,7 +141,6 @@ class Planner:
         self.consts, self.flat = list(closed.consts), flattened(closed)
         self.shardings = [*map(placed, self.consts), *map(placed, values)]
         self.backend = BACKENDS.get(jax.default_backend(), BACKENDS["gpu"])
-        self.out_tree: Any = None
         self.traced: dict[Config, Traced] = {}
         self.candidates: list[Candidate] = []
         self.answers: dict[float, Candidate | None] = {}
@@ -162,6 +166,8 @@ class Planner:
             options = dict(zip(self.scans, config.scans, strict=True)) if config.scans else {}
             planned = {id(self.flat.eqns[k]): (self.scans[k], option) for k, option in options.items() if option}
 
+            results: list[Any] = []
+
             def bind(eqn, values):
                 if id(eqn) in planned:
                     scan, option = planned[id(eqn)]
@@ -184,12 +190,12 @@ class Planner:
                 leaves, tree = tree_flatten(self.transform(f, **self.options)(*args, **kwargs))
                 is_array = [getattr(x, "dtype", None) != float0 for x in leaves]
                 empty = [None if ok else np.zeros(x.shape, float0) for x, ok in zip(leaves, is_array, strict=True)]
-                self.out_tree = tree, empty
+                results[:] = [tree, empty]
                 return [x for x, ok in zip(leaves, is_array, strict=True) if ok]
 
             closed = _jax.stage_flat(flat, [v.aval for v in self.flat.invars], _jax.no_names)
             joint = Joint(flattened(closed), self.backend)
-            self.traced[config] = Traced(config, joint, list(closed.consts), Search(joint))
+            self.traced[config] = Traced(config, joint, list(closed.consts), Search(joint), *results)
         return self.traced[config]
 
     @cached_property
@@ -274,9 +280,9 @@ class Planner:
 
     def run(self, candidate: Candidate, values: Sequence[Any]) -> Any:
         """What a program returns for what is traced of a call."""
-        leaves = iter(candidate.program(*candidate.traced.consts, *self.consts, *values))
-        tree, static = self.out_tree
-        return tree_unflatten(tree, [next(leaves) if x is None else x for x in static])
+        traced = candidate.traced
+        leaves = iter(candidate.program(*traced.consts, *self.consts, *values))
+        return tree_unflatten(traced.tree, [next(leaves) if x is None else x for x in traced.constants])
 
     def _bias(self, limit: float) -> float:
         """By how much simulated bytes differ from compiled ones, for the program next to a limit."""
