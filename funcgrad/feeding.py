@@ -135,11 +135,20 @@ def source(batches: Iterable[Any], name: str) -> Any:
 
 
 def to_device(batch: Any, sharding: Any = None) -> Any:
-    """`batch` as jax arrays. Host arrays are copied: on CPU, device_put may keep the host's own memory."""
-    own = jnp.array if sharding is None else np.array
+    """`batch` as jax arrays; host arrays are copied."""
+    own = owned(batch)
+    if sharding is not None:
+        return jax.device_put(own, sharding)
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), own)
+
+
+def owned(batch: Any) -> Any:
+    """`batch` in arrays that no one else writes: host arrays are copied, and on the host until a program takes them.
+
+    JAX may keep the host's own memory on CPU, while a program that runs later reads it.
+    """
     try:
-        owned = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else own(leaf), batch)
-        return owned if sharding is None else jax.device_put(owned, sharding)
+        return jax.tree.map(_owned, batch)
     except TypeError:
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
@@ -147,3 +156,10 @@ def to_device(batch: Any, sharding: Any = None) -> Any:
                 what = f"batch{jax.tree_util.keystr(path)} has dtype {dtype}, and JAX has no such arrays."
                 raise DataError(what, hint="make every leaf of a batch an array of numbers") from None
         raise
+
+
+def _owned(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        return leaf
+    is_plain = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
+    return np.array(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype)) if is_plain else jnp.array(leaf)

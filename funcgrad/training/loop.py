@@ -1,6 +1,6 @@
 """The training loop.
 
-    take      batches from the iterator, on the device
+    take      batches from the iterator, in arrays of their own
     dispatch  one program over one batch or a chunk of them; nothing is waited for
     settle    metrics to the host, a window later: look for NaN, tell the progress bar
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from ..feeding import source, to_device
+from ..feeding import owned, source
 from ..transforms.errors import ArgumentError, DataError, NotFiniteError, OptionError, location
 from .bar import REFRESH_S, show
 from .log import Log
@@ -173,8 +173,8 @@ class _Run:
         return taken
 
     def admit(self, batch: Any, number: int) -> Any:
-        """`batch` on the device, if it looks like the first one."""
-        batch = to_device(batch)
+        """`batch` in arrays of its own, if it looks like the first one; the program takes host arrays to the device."""
+        batch = owned(batch)
         if self.first is None:
             self.first, self.signature, self.state = batch, _signature(batch), place(self.state, batch)
             self.program = prepare(self.step, self.state)

@@ -97,7 +97,7 @@ def strengthen(run: Any, state: Any, batches: tuple[Any, ...]) -> Any:
 
 def place(state: Any, batch: Any) -> Any:
     """`state` where the first batch is: what no one has committed to a device is copied to each device of the batch."""
-    homes = [leaf.sharding for leaf in jax.tree.leaves((state, batch)) if leaf.committed]
+    homes = [leaf.sharding for leaf in jax.tree.leaves((state, batch)) if getattr(leaf, "committed", False)]
     if not homes:
         return state
     home = next((home for home in homes if isinstance(home, NamedSharding)), homes[0])
