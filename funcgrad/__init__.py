@@ -19,9 +19,10 @@ _hide(str(_here))
 
 from . import nn, transforms
 from .feeding import prefetch
+from .recording import Node, Tape, tape
 from .training import step, train
 from .transforms import *  # noqa: F403 - what its page lists
 
 __version__ = "0.1.0"
-__all__ = ["nn", "prefetch", "step", "train"]
+__all__ = ["Node", "Tape", "nn", "prefetch", "step", "tape", "train"]
 __all__ += transforms.__all__

@@ -45,9 +45,7 @@ NamedAxisEffect = core.NamedAxisEffect
 jaxpr_as_fun = core.jaxpr_as_fun
 forwarding_rules = pe.forwarding_rules
 constants_of = pe.try_constant_folding
-current_context = (
-    core.current_jaxpr_eqn_context
-)  # what JAX notes of the configuration at an equation, as an interned value
+current_context = core.current_jaxpr_eqn_context  # the configuration at an equation, as an interned value
 dce_jaxpr = pe.dce_jaxpr
 StagingTrace = pe.DynamicJaxprTrace
 StagedValue = pe.DynamicJaxprTracer
@@ -172,15 +170,8 @@ def part_of(
     constvars = jaxpr.constvars if consts else []
     effects = pe.make_jaxpr_effects(constvars, invars, outvars, eqns)
     names = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
-    inner = jaxpr.replace(
-        constvars=constvars,
-        invars=list(invars),
-        outvars=list(outvars),
-        eqns=list(eqns),
-        effects=effects,
-        debug_info=names,
-    )
-    return close(inner, consts)
+    variables = dict(constvars=constvars, invars=list(invars), outvars=list(outvars))
+    return close(jaxpr.replace(**variables, eqns=list(eqns), effects=effects, debug_info=names), consts)
 
 
 def check_jaxpr(jaxpr: ClosedJaxpr) -> None:
@@ -257,11 +248,16 @@ def dropped(var: Any) -> bool:
 # ------------------------------------------------------------------------------------------------ binding
 
 
+def sourced(source_info: Any) -> Any:
+    """A context with this source line, in these scopes within those around it."""
+    scopes = source_info_util.current_name_stack() + source_info.name_stack
+    return source_info_util.user_context(source_info.traceback, name_stack=scopes)
+
+
 @contextlib.contextmanager
 def context_of(eqn: JaxprEqn) -> Iterator[None]:
     """The scopes, source line and configuration that `eqn` was traced under."""
-    scopes = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=scopes), eqn.ctx.manager:
+    with sourced(eqn.source_info), eqn.ctx.manager:
         yield
 
 
@@ -279,10 +275,10 @@ def staged(value: Any) -> Any:
 def bind_inlined(jaxpr: ClosedJaxpr, name: str, values: Sequence[Any]) -> list[Any]:
     """Call a jaxpr as a jitted function that JAX inlines where it stages: its derivatives are computed once and kept."""
     n, m, early = len(jaxpr.in_avals), len(jaxpr.out_avals), getattr(jax, "Inline", None)
-    places: dict[str, Any] = dict(
-        in_shardings=(UNSPECIFIED,) * n, out_shardings=(UNSPECIFIED,) * m, donated_invars=(False,) * n
+    places: dict[str, Any] = dict(in_shardings=(UNSPECIFIED,) * n, out_shardings=(UNSPECIFIED,) * m)
+    places.update(
+        donated_invars=(False,) * n, in_layouts=(None,) * n, out_layouts=(None,) * m, ctx_mesh=get_abstract_mesh()
     )
-    places.update(in_layouts=(None,) * n, out_layouts=(None,) * m, ctx_mesh=get_abstract_mesh())
     options = dict(keep_unused=False, inline=early.JAX_EARLY if early else True, compiler_options_kvs=())
     return pjit.jit_p.bind(*values, jaxpr=jaxpr, name=name, **places, **options)
 
@@ -364,6 +360,19 @@ def current_trace() -> Trace:
 def is_eager(trace: Trace) -> bool:
     """Whether what is bound under this trace is computed at once."""
     return isinstance(trace, core.EvalTrace)
+
+
+def look_through(kind: type[Trace]) -> None:
+    """From now on, who asks which trace is current is told of the one below those of this kind, which have no own values.
+
+    flax.nnx asks before it changes a variable, which must be in the trace that made it. JAX has no hook for this.
+    """
+    import jax.extend.core as public
+
+    def below(trace: Any) -> Any:
+        return below(trace.parent) if isinstance(trace, kind) else core.OpaqueTraceState(trace._weakref)
+
+    public.get_opaque_trace_state = lambda convention=None: below(core.trace_ctx.trace)
 
 
 def is_tracing() -> bool:

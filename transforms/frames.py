@@ -19,7 +19,7 @@ import jax
 from jax.tree_util import tree_flatten, tree_unflatten
 
 from . import _jax, layouts
-from .living import Bound, Watch, checked, of_width, run
+from .living import Bound, Watch, checked, of_width, refilled, run
 from .selecting import Path, Probe, is_within, joined, maker
 
 
@@ -254,7 +254,7 @@ class Frame:
             outputs = watched(f, frame)(*values)
             returned = [frame.returned(x) for x in outputs]
             self.add(frame.in_order())
-            return _refilled(outputs, returned)
+            return refilled(outputs, returned)
 
         return alive
 
@@ -265,11 +265,6 @@ def _closed_over(jaxprs: Sequence[_jax.ClosedJaxpr]) -> Iterator[Any]:
         yield from jaxpr.consts
         for eqn in jaxpr.jaxpr.eqns:
             yield from _closed_over([body.jaxpr for body in layouts.bodies(eqn)])
-
-
-def _refilled(outputs: Any, values: Sequence[Any]) -> Any:
-    """`values` in the form that the outputs of a sub-function have: a list, or a flat tree of JAX's own."""
-    return outputs.update(values) if hasattr(outputs, "update") else list(values)
 
 
 def watched(f: Callable, frame: Frame) -> Callable:
@@ -311,7 +306,7 @@ class Probing(Watch):
 
         def bind(f):
             _jax.forget(fun)
-            return process(primitive, f, *rules, values)
+            return process(self.parent, [f, *rules], values)
 
         with _jax.set_current_trace(self.parent):
             values = [frame.used(x, path) for x in values]
@@ -320,4 +315,4 @@ class Probing(Watch):
                 outputs = frame.beside(path, lambda: _jax.called(alive, values), lambda: bind(fun))
             else:
                 outputs = bind(alive if rules or frame.probe.replace else fun)
-            return _refilled(outputs, frame.outputs(Bound(primitive, options, None), path, values, list(outputs)))
+            return refilled(outputs, frame.outputs(Bound(primitive, options, None), path, values, list(outputs)))

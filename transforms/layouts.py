@@ -262,17 +262,18 @@ def emptied(params: dict) -> dict:
 
 def is_plain(eqn: Any) -> bool:
     """Whether `eqn` is a jit that means nothing but its body."""
-    return eqn.primitive.name == "jit" and not any(eqn.params["donated_invars"]) and _is_placed_freely(eqn.params)
+    return eqn.primitive.name == "jit" and not any(eqn.params["donated_invars"]) and is_placed_freely(eqn.params)
 
 
 def is_inlined(eqn: Any) -> bool:
     """Whether `eqn` is a jit that tracing leaves out: a Graph holds its body in its place."""
     early = getattr(jax, "Inline", None)  # since JAX 0.11 `inline` is one of several times
     is_early = eqn.params.get("inline") is (early.JAX_EARLY if early else True)
-    return is_early and eqn.primitive.name == "jit" and _is_placed_freely(eqn.params)
+    return is_early and eqn.primitive.name == "jit" and is_placed_freely(eqn.params)
 
 
-def _is_placed_freely(params: dict) -> bool:
+def is_placed_freely(params: dict) -> bool:
+    """Whether a jit with these parameters leaves open where its values lie."""
     keys = ("in_shardings", "out_shardings", "in_layouts", "out_layouts")
     return all(x is None or x is _jax.UNSPECIFIED for key in keys for x in params[key])
 

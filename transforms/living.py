@@ -228,30 +228,39 @@ class Watch(_jax.Trace):
         return self.parent.stage_value(value)
 
     def call(self, process, primitive, functions, values, options):
-        """What holds functions is being bound: itself, then its derivative rules. `process` is the parent's method."""
-        return process(primitive, *functions, values)
+        """What holds functions is being bound: itself, then derivative rules. `process(trace, functions, values)` binds it."""
+        return process(self.parent, functions, values)
 
     # These leave the current trace as `bind` set it, as JAX's own traces do.
 
     def process_custom_jvp_call(self, primitive, fun, jvp, values, /, **options):
         """A function with its own JVP rule is being called."""
-        process = functools.partial(self.parent.process_custom_jvp_call, **options)
+        process = lambda trace, functions, values: trace.process_custom_jvp_call(
+            primitive, *functions, values, **options
+        )
         return self.call(process, primitive, (fun, jvp), values, options)
 
     def process_custom_vjp_call(self, primitive, fun, fwd, bwd, values, /, **options):
         """A function with its own VJP rule is being called."""
-        process = functools.partial(self.parent.process_custom_vjp_call, **options)
+        process = lambda trace, functions, values: trace.process_custom_vjp_call(
+            primitive, *functions, values, **options
+        )
         return self.call(process, primitive, (fun, fwd, bwd), values, options)
 
     def process_shard_map(self, primitive, fun, values, /, **options):
         """A function is being mapped over the shards of a mesh."""
-        process = functools.partial(self.parent.process_shard_map, **options)
+        process = lambda trace, functions, values: trace.process_shard_map(primitive, *functions, values, **options)
         return self.call(process, primitive, (fun,), values, options)
 
     def process_call(self, primitive, fun, values, params, /):
         """A call of the old style, JAX 0.10 only."""
-        process = lambda *inputs: self.parent.process_call(*inputs, params)
+        process = lambda trace, functions, values: trace.process_call(primitive, *functions, values, params)
         return self.call(process, primitive, (fun,), values, params)
+
+
+def refilled(outputs: Any, values: Sequence[Any]) -> Any:
+    """`values` in the form that the outputs of a sub-function have: a list, or a flat tree of JAX's own."""
+    return outputs.update(values) if hasattr(outputs, "update") else list(values)
 
 
 class Living(Watch):
@@ -275,5 +284,4 @@ class Living(Watch):
 
     def call(self, process, primitive, functions, values, options):
         """Functions and derivative rules run live."""
-        alive = (_jax.transformed(f, lambda g: live(g, self.rules)) for f in functions)
-        return process(primitive, *alive, values)
+        return process(self.parent, [_jax.transformed(f, lambda g: live(g, self.rules)) for f in functions], values)

@@ -286,7 +286,7 @@ class _Instead(Watch):
         fun, *rules = functions
         finished = lambda finish: lambda *values: finish(*self.f(*values))  # a shard_map's own function returns more
         other = _jax.transformed(fun, lambda g: self.f if rules else finished(g))
-        return process(primitive, other, *rules, values)
+        return process(self.parent, [other, *rules], values)
 
 
 class _Run(NamedTuple):
