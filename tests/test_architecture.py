@@ -27,6 +27,7 @@ ALSO = {
     "patterns": {"matching"},
     "probes": {"frames"},
     "compilation": {"retraces"},
+    "kernels": {"costs"},
     "costs": {"loops"},
 }
 

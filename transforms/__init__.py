@@ -37,6 +37,7 @@ from .gradient import (
 )
 from .graph import Graph, trace, walk
 from .interpreter import interpret, rewrite, verify
+from .kernels import Compiled, Kernel, compiled
 from .living import live
 from .loops import Loops
 from .patterns import Replaced, replace
@@ -48,6 +49,7 @@ from .selecting import Site, op
 __all__ = [
     "ArgumentError",
     "BudgetError",
+    "Compiled",
     "Cost",
     "DataError",
     "DuplicateRule",
@@ -55,6 +57,7 @@ __all__ = [
     "Graph",
     "GraphError",
     "Halves",
+    "Kernel",
     "Loops",
     "Machine",
     "MissingExtra",
@@ -68,6 +71,7 @@ __all__ = [
     "Rules",
     "Site",
     "Timeline",
+    "compiled",
     "cost",
     "differentiable",
     "grad",

@@ -1,0 +1,75 @@
+"""The program with a scope around each equation, as `fg[12]`: what XLA keeps of an equation then knows it.
+
+Scopes change nothing that XLA does, and stay on every instruction that is left of the equation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from .. import _jax, layouts
+from ..costs.operations import work
+from ..costs.table import Row
+from ..graph import Graph
+from ..living import retraced, run
+from ..selecting import Path, joined
+
+_CALLS = (
+    layouts.WITH_DERIVATIVES | layouts.INLINED | {"closed_call", "call", "eval_jaxpr"}
+)  # mean nothing but their body here
+
+
+class Tag(NamedTuple):
+    """An equation of the program, and the tags of those that made its operands."""
+
+    row: Row
+    parents: tuple[int, ...]
+
+
+def tagged(graph: Graph) -> tuple[Any, list[Tag]]:
+    """The graph as a jitted function of its leaves, with a scope around each equation; and the equations, by their tags."""
+    tags: list[Tag] = []
+    makers: dict[int, tuple[int, Any]] = {}  # by the identity of a value, which is kept so that no other gets it
+
+    def apply(path: Path, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        path = joined(path, _jax.scopes(_jax.name_stack(eqn)))
+        bodies = [body.jaxpr for body in layouts.bodies(eqn) if eqn.primitive.name != "shard_map"]
+        if layouts.is_plain(eqn) or eqn.primitive.name in _CALLS:
+            return run(bodies[0].jaxpr, [*bodies[0].consts, *values], partial(apply, path))
+        tag = len(tags)
+        parents = tuple(makers[id(x)][0] for x in values if id(x) in makers)
+        tags.append(Tag(Row(eqn, path, 1, None if bodies else work(eqn)), parents))
+        with jax.named_scope(f"fg[{tag}]"):
+            if bodies:
+                opened = [again(path, body) for body in bodies]
+                outputs = layouts.rebind(eqn.primitive, eqn.params, values, opened)
+            else:
+                outputs = _jax.bind(eqn.primitive, eqn.params, values)
+        makers.update((id(x), (tag, x)) for x in outputs)
+        return outputs
+
+    def again(path: Path, jaxpr: Any) -> layouts.Opened:
+        opened = retraced(jaxpr.jaxpr, lambda *values: run(jaxpr.jaxpr, values, partial(apply, path)))
+        return layouts.Opened(opened.jaxpr, [*opened.consts, *jaxpr.consts])
+
+    def run_tagged(*leaves):
+        outputs = run(graph.jaxpr.jaxpr, [*graph.jaxpr.consts, *leaves], partial(apply, ()))
+        makers.clear()
+        return outputs
+
+    run_tagged.__name__ = graph.name
+    return jax.jit(run_tagged, donate_argnums=donated(graph)), tags
+
+
+def donated(graph: Graph) -> tuple[int, ...]:
+    """Which inputs a graph donates that is nothing but a jitted call."""
+    eqns, inputs = graph.eqns, graph.jaxpr.jaxpr.invars
+    if len(eqns) == 1 and eqns[0].primitive.name == "jit":
+        flags = zip(eqns[0].invars, eqns[0].params["donated_invars"], strict=True)
+        donated = {v for v, is_donated in flags if is_donated and not isinstance(v, _jax.Literal)}
+        return tuple(k for k, v in enumerate(inputs) if v in donated)
+    return ()
