@@ -18,11 +18,12 @@ from .transforms._jax import hide as _hide  # isort: skip
 _hide(str(_here))
 
 from . import nn, transforms
+from .comparison import Comparison, Study, compare, study
 from .feeding import prefetch
 from .recording import Node, Tape, tape
 from .training import step, train
 from .transforms import *  # noqa: F403 - what its page lists
 
 __version__ = "0.1.0"
-__all__ = ["Node", "Tape", "nn", "prefetch", "step", "tape", "train"]
+__all__ = ["Comparison", "Node", "Study", "Tape", "compare", "nn", "prefetch", "step", "study", "tape", "train"]
 __all__ += transforms.__all__

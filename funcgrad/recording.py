@@ -201,7 +201,7 @@ class Tape:
           return a
         """
         used = {p for node in self.nodes for p in node.parents}
-        given = self._given()
+        given = self.given()
         if inputs is None:
             inputs = {f"x{k}": x for k, x in enumerate(given)}
         if outputs is None:
@@ -225,7 +225,7 @@ class Tape:
 
         return trace(run, **inputs)
 
-    def _given(self) -> list[jax.Array]:
+    def given(self) -> list[jax.Array]:
         """The arrays that no node made, in the order of their use."""
         every = (x for n in self.nodes for x, p in zip(n.inputs, n.parents, strict=True) if p is None)
         return list({id(x): x for x in every if isinstance(x, jax.Array)}.values())

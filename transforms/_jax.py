@@ -85,11 +85,13 @@ def line_of(eqn: Any) -> str | None:
     return next((f"{file}:{line} ({function})" for file, line, function in source_lines(eqn)), None)
 
 
+is_user_file = source_info_util.is_user_filename
+
+
 def line_now() -> str | None:
     """The user's line that runs, in the same form."""
     running = ((frame.f_code, line) for frame, line in traceback.walk_stack(None))
-    is_user = source_info_util.is_user_filename
-    return next((f"{c.co_filename}:{n} ({c.co_qualname})" for c, n in running if is_user(c.co_filename)), None)
+    return next((f"{c.co_filename}:{n} ({c.co_qualname})" for c, n in running if is_user_file(c.co_filename)), None)
 
 
 def scope_of(eqn: Any) -> str:

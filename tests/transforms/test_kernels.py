@@ -149,7 +149,7 @@ def test_what_is_no_function_is_refused():
 
 @pytest.mark.slow
 def test_kernels_have_equations_and_times():
-    """At least 85 % of the kernels have an equation's own instruction, and 95 % of the time was spent in those that have any."""
+    """At least 85 % of the kernels, in which 95 % of the time was spent; 80 % of them have instructions of their own."""
     kernels, models = (
         [],
         [trainings.mlp, trainings.transformer, trainings.gpt, trainings.lstm, trainings.resnet, trainings.unet],
@@ -167,5 +167,6 @@ def test_kernels_have_equations_and_times():
         own, known = [k for k in found if not k.is_added], [k for k in found if k.equations]
         print(len(found), len(own) / len(found), len(known) / len(found))
         print(seconds(own) / seconds(found), seconds(known) / seconds(found))
-        assert len(own) >= 0.85 * len(found)
+        assert len(own) >= 0.8 * len(found)
+        assert len(known) >= 0.85 * len(found)
         assert seconds(known) >= 0.95 * seconds(found)

@@ -108,8 +108,9 @@ class Compiled:
         """
         m = self.memory
         took = f", {seconds_in_words(self.elapsed_s)} a call" if self.elapsed_s is not None else ""
+        many = f"{len(self.kernels)} kernel{'s' * (len(self.kernels) != 1)}"
         head = [
-            f"{self.name}: {len(self.kernels)} kernels{took}, compiled in {seconds_in_words(self.compile_s)}",
+            f"{self.name}: {many}{took}, compiled in {seconds_in_words(self.compile_s)}",
             f"{bytes_in_words(m.argument_bytes)} of arguments, {bytes_in_words(m.output_bytes)} of results "
             f"({bytes_in_words(m.alias_bytes)} written over arguments), {bytes_in_words(m.temp_bytes)} of temporaries",
         ]

@@ -1,0 +1,189 @@
+"""`study`: what it says of functions of which everything is known."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import funcgrad as fg
+
+from ..checks import raised_by
+
+TABLE = jnp.arange(1000.0)
+X = jnp.linspace(0.1, 1, 12).reshape(3, 4)
+
+
+def unrolled(x, n, mode="sine"):
+    print("runs with", mode)
+    for k in range(3):
+        x = jnp.sin(x) + TABLE[k]
+    if mode == "sine":
+        x = x * 2
+    elif mode == "other":
+        x = x * 3
+    else:
+        x = x / 2
+    return jnp.sum(x * n)
+
+
+def branching(x):
+    y = jnp.sum(x)
+    if y > 0:
+        return jnp.sin(x)
+    return x
+
+
+@pytest.fixture(scope="module")
+def studied():
+    others = [(X, 2.0, "sine"), (X[:2], 2.0, "sine"), (X, jnp.float32(2), "sine"), (X, 2.0, "none")]
+    return fg.study(unrolled, X, 2.0, "sine", static_argnums=2, others=others)
+
+
+def test_operations_equations_and_kernels(studied):
+    graph = fg.trace(unrolled, X, 2.0, "sine", static_argnums=2)
+    assert studied.traced_equations == len(graph.eqns) == len(studied.graph.eqns)
+    assert studied.eager_operations == len(studied.tape)
+    assert [str(n.primitive) for n in studied.tape.nodes].count("sin") == 3
+    assert len(studied.kernels.kernels) < studied.traced_equations
+    assert studied.refusal is None is studied.difference
+
+
+def test_what_python_did(studied, capsys):
+    assert capsys.readouterr().out == ""
+    assert studied.noticed.printed == ["runs with sine"]
+    (loop,) = studied.noticed.loops()
+    assert (loop.head, loop.times) == ("for k in range(3)", 3)
+    outer, inner = [*studied.noticed.branches(), None][:2]
+    assert (outer.test, outer.taken, outer.not_taken) == ("mode == 'sine'", ("x = x * 2",), ("",))
+    assert inner is None
+    assert "test_comparison.py" in outer.line
+    other = fg.study(unrolled, X, 2.0, "none", static_argnums=2)
+    outer, inner = other.noticed.branches()
+    assert (outer.taken, outer.not_taken) == (("",), ("x = x * 2",))
+    assert (inner.test, inner.taken, inner.not_taken) == ("mode == 'other'", ("x = x / 2",), ("x = x * 3",))
+
+
+def test_what_was_burned_in_and_what_is_traced_again(studied):
+    (constant,) = studied.constants
+    assert (constant.name, constant.type, constant.bytes) == ("TABLE", "f32[1000]", 4000)
+    assert studied.fixed == (
+        "mode = 'sine' is static: each other value is traced again",
+        "x is f32[3,4]: another shape or dtype is traced again",
+        "n is a Python number, f32[] of weak type: an array of float32 is traced again",
+    )
+    text = "\n".join(studied.retraces)
+    assert len(studied.retraces) == 4
+    assert "x  shape (3, 4) -> (2, 4)" in text
+    assert "n  weak type True -> False" in text
+    assert "mode  static 'sine' -> 'none'" in text
+
+
+def test_closed_over_arrays_have_names():
+    w = {"a": jnp.ones(3)}
+    (constant,) = fg.study(lambda x: x * w["a"], jnp.ones(3)).constants
+    assert constant.name == "w['a']"
+
+
+def test_memory():
+    big = jnp.ones(1000)
+    s = fg.study(lambda x: jnp.sum(lax.exp(lax.sin(x))), big)
+    assert s.eager_peak_bytes == 2 * big.nbytes
+    assert s.kernels.memory.temp_bytes < s.eager_peak_bytes
+
+
+def test_times():
+    times = fg.study(lambda x: jnp.sin(jnp.sin(jnp.sin(jnp.sin(x)))), X).times
+    assert 0 < times.compiled_s < times.first_s
+    assert times.eager_s > 0
+    Times = type(times)
+    assert Times(1.0, 10.0, 0.1).pays_after == 11
+    assert Times(1.0, 10.0, 2.0).pays_after is None
+    assert Times(1.0, None, None).pays_after is None
+
+
+@pytest.mark.parametrize(
+    ("f", "error", "asked", "value", "instead"),
+    [
+        (branching, "TracerBoolConversionError", "a truth value", "True", "jax.lax.cond"),
+        (lambda x: x * float(x.sum()), "ConcretizationTypeError", "a number", "6.6", "static_argnames"),
+        (lambda x: x * np.sin(x), "TracerArrayConversionError", "a NumPy array", "", "jax.numpy"),
+        (lambda x: x[x > 0.5], "NonConcreteBooleanIndexError", "as many elements", "", "jnp.where"),
+        (lambda x: [1, 2, 3][x.astype(int).sum()] * x, "TracerIntegerConversionError", "an index", "1", "jnp.take"),
+    ],
+    ids=["branch", "float", "numpy", "mask", "index"],
+)
+@pytest.mark.standard_promotion
+def test_what_cannot_be_traced_is_explained(f, error, asked, value, instead):
+    s = fg.study(f, X)
+    assert s.refusal.error == error
+    assert "test_comparison.py" in s.refusal.line
+    assert s.refusal.asked.startswith(asked)
+    assert value in s.refusal.value
+    assert instead in s.refusal.instead
+    assert s.graph is s.kernels is s.traced_equations is None
+    assert s.eager_operations > 0
+    assert s.refusal.source in str(s)
+
+
+def test_other_errors_are_the_users():
+    def failing(x):
+        raise KeyError("mine")
+
+    assert isinstance(raised_by(lambda: fg.study(failing, X)), KeyError)
+    assert isinstance(raised_by(lambda: fg.study(3)), fg.ArgumentError)
+
+
+def test_values_that_differ():
+    runs = []
+
+    def counting(x):
+        runs.append(None)
+        return x * len(runs)
+
+    s = fg.study(counting, X)
+    assert s.difference.gap > 0.5
+    assert s.difference.line == ""
+    assert "Python did something else while it was traced" in str(s)
+
+
+def test_values_that_differ_in_one_operation():
+    count = itertools.count(1)
+
+    def f(x):
+        y = jnp.sin(x)
+        with jax.named_scope("host"):
+            y = jax.pure_callback(lambda y: np.float32(next(count)) * y, y, y)
+        return y + 1
+
+    d = fg.study(f, X).difference
+    assert (d.primitive, d.scope) == ("pure_callback", "host")
+    assert "test_comparison.py" in d.line
+
+
+def test_reports(studied, tmp_path):
+    json.dumps(studied.dict())
+    text = str(studied)
+    for part in ("eager", "compiling pays", "burned in", "made for", "kernels", "runs with sine"):
+        assert part in text
+    path = studied.save(tmp_path / "study.html")
+    page = path.read_text()
+    assert page.startswith("<!doctype html>")
+    assert "for k in range(3)" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert repr(studied).startswith("Study(unrolled: ")
+
+
+def test_comparisons(studied, tmp_path):
+    both = fg.compare(studied, fg.study(branching, X))
+    assert [row["function"] for row in both.rows] == ["unrolled", "branching"]
+    assert [row["tracing"] for row in both.rows] == ["ok", "refused"]
+    assert len(str(both).splitlines()) == 3
+    json.dumps(both.dict())
+    assert "branching" in both.save(tmp_path / "both.html").read_text()
+    assert repr(both) == "Comparison(unrolled, branching)"
