@@ -16,7 +16,7 @@ import jaxlib
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("gradients", "dispatch", "training", "rewriting", "loops", "evaluations", "chunks", "budgets")
+PARTS = ("gradients", "dispatch", "training", "rewriting", "recording", "loops", "evaluations", "chunks", "budgets")
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ class Tape:
           ArgumentError: `loss` was not computed on this tape, a leaf of `wrt` is not an array of floats, or what lies between
             goes through references. Also a TypeError.
 
-        >>> x = jax.numpy.asarray(3.0)
+        >>> x = jax.numpy.float32(3)
         >>> with tape() as t:
         ...     y = x * x if float(x) > 0 else -x
         >>> t.grad(y, x)
@@ -254,9 +254,9 @@ def tape() -> Iterator[Tape]:
       A context; entering it gives the `Tape`, which may be used while it is open and afterwards.
 
     >>> with tape() as t:
-    ...     y = lax.exp(2.0) + 1
+    ...     y = lax.sqrt(lax.exp(2.0))
     >>> print([str(node.primitive) for node in t.nodes])
-    ['exp', 'add']
+    ['exp', 'sqrt']
     """
     t = Tape()
     _look_through()

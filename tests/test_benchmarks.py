@@ -23,6 +23,7 @@ from benchmarks import (
     interleaving,
     loops,
     models,
+    recording,
     rewriting,
     training,
 )
@@ -34,6 +35,7 @@ PARTS = {
     "dispatch": dispatch,
     "training": training,
     "rewriting": rewriting,
+    "recording": recording,
     "loops": loops,
     "evaluations": evaluations,
     "chunks": chunks,

@@ -57,6 +57,16 @@ def test_adaptive_ode_finds_the_rates_of_the_literature(tmp_path, capsys, monkey
     assert (tmp_path / "ode.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_static_vs_dynamic_compares_three_networks(tmp_path, capsys):
+    studies = load("static_vs_dynamic").main(str(tmp_path / "page.html"))
+    assert [row["function"] for row in studies.rows] == ["mlp", "rnn", "tree"]
+    assert all(row["tracing"] == "ok" and row["traces"] == "2" for row in studies.rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("differ by at most" in line for line in lines) == 2
+    assert "sentences[0][2]  tree absent" in "\n".join(lines)
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA for CPU drops the barriers between unrolled stages")
 def test_budget_trains_in_a_part_of_its_memory(tmp_path, capsys, monkeypatch):
     budget = load("budget")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import statistics
 import tempfile
 import time
 import warnings
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 RUNS = 5  # measured
 
@@ -29,7 +29,7 @@ def measured(
         return time.perf_counter() - start_s
 
     call()
-    elapsed_s = statistics.median(call() for _ in range(RUNS))
+    elapsed_s = float(np.median([call() for _ in range(RUNS)]))
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     seconds: Counter[str] = Counter()

@@ -1,0 +1,89 @@
+"""`fg.tape`: what recording costs per operation, and its gradient beside `jax.grad` run eagerly.
+
+`more_us` is what an operation takes more on an open tape. `grad` is the gradient by the tape, of what is on it already, beside that
+by `jax.grad`; `with_recording` counts the run on the tape too, as JAX's gradient runs the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import funcgrad as fg
+
+from .interleaving import Figure, calls_within, interleaved, ratio
+
+COLUMNS = {
+    "operation": "",
+    "operations": "d",
+    "eager_us": ".1f",
+    "more_us": ".1f",
+    "jax_grad_us": ".1f",
+    "grad_us": ".1f",
+    "grad": ".3f",
+    "with_recording": ".3f",
+}
+MOST_US, MOST = 25.0, 0.5
+OPERATIONS: dict[str, Callable] = {
+    "lax.sin": lax.sin,
+    "lax.mul": lambda x: lax.mul(x, x),
+    "jnp.tanh": jnp.tanh,
+    "x @ W": lambda x: x @ W,
+}
+W = jnp.eye(8)
+
+
+def chain(operation: Callable, count: int) -> Callable:
+    def run(x):
+        for _ in range(count):
+            x = operation(x)
+        return jnp.sum(x)
+
+    return run
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    names = list(OPERATIONS)[: 1 if quick else None]
+    return [measured(name, 20 if quick else 200, quick) for name in names]
+
+
+def measured(name: str, count: int, quick: bool) -> dict[str, Any]:
+    f, x = chain(OPERATIONS[name], count), jnp.full(8, 0.5)
+    gradient = jax.grad(f)
+
+    def taped():
+        with fg.tape() as t:
+            return t, f(x)
+
+    t, out = taped()
+    ways = [
+        lambda: jax.block_until_ready(f(x)),
+        taped,
+        lambda: jax.block_until_ready(gradient(x)),
+        lambda: jax.block_until_ready(t.grad(out, x)),
+    ]
+    np.testing.assert_allclose(ways[3](), ways[2](), rtol=1e-5, atol=1e-7)
+    took = interleaved(*ways, rounds=5 if quick else 21, calls=calls_within(0.05, ways[2])).cpu_s
+    eager, recording, theirs, ours = took / count * 1e6
+    return {
+        "operation": name,
+        "operations": count,
+        "eager_us": float(np.median(eager)),
+        "more_us": float(np.median(recording - eager)),
+        "jax_grad_us": float(np.median(theirs)),
+        "grad_us": float(np.median(ours)),
+        "grad": ratio(ours, theirs),
+        "with_recording": ratio(recording + ours, theirs),
+    }
+
+
+def figures(rows: list[dict[str, Any]]) -> list[Figure]:
+    """What has no target: recording what jax.numpy jits, which is dispatched in Python then."""
+    of_lax = [r for r in rows if r["operation"].startswith("lax.")]
+    recorded = [Figure(f"{r['operation']}: more per operation, us", r["more_us"], most=MOST_US) for r in of_lax]
+    return recorded + [Figure(f"{r['operation']}: gradient beside jax.grad", r["grad"], most=MOST) for r in rows]
