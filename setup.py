@@ -4,7 +4,12 @@ from setuptools import find_packages, setup
 
 engine = ["funcgrad.transforms", *(f"funcgrad.transforms.{name}" for name in find_packages("transforms"))]
 setup(
-    packages=["funcgrad", *(f"funcgrad.{name}" for name in find_packages("funcgrad")), *engine],
+    packages=[
+        "funcgrad",
+        *(f"funcgrad.{name}" for name in find_packages("funcgrad")),
+        "funcgrad.viewing.assets",
+        *engine,
+    ],
     package_dir={"funcgrad.transforms": "transforms"},
-    package_data={"funcgrad": ["py.typed"]},
+    package_data={"funcgrad": ["py.typed"], "funcgrad.viewing.assets": ["*"]},
 )

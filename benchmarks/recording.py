@@ -1,7 +1,7 @@
 """`fg.tape`: what recording costs per operation, and its gradient beside `jax.grad` run eagerly.
 
-`more_us` is what an operation takes more on an open tape. `grad` is the gradient by the tape, of what is on it already, beside that
-by `jax.grad`; `with_recording` counts the run on the tape too, as JAX's gradient runs the function.
+`more_us` is what an operation takes more on an open tape. `grad` is the gradient by the tape, of what is on it already, beside
+that by `jax.grad`; `with_recording` counts the run on the tape too, as JAX's gradient runs the function.
 """
 
 from __future__ import annotations

@@ -17,8 +17,10 @@ FILES = sorted([*ENGINE.rglob("*.py"), *(ROOT / "funcgrad").rglob("*.py")])
 ORDER = ["errors", "_jax", "layouts", "arguments", "graph", "rules", "living", "interpreter", "selecting"]
 TRANSFORMS = {"gradient", "batching", "compilation"}
 ALSO = {
-    "graph": {"listing", "evaluation"},
+    "graph": {"listing", "evaluation", "description", "dot"},
     "listing": {"graph"},
+    "description": {"listing", "boxes", "residuals", "costs"},
+    "dot": {"description"},
     "gradient": {"residuals", "scopes", "loops", "budgets", "jacobians", "refusals"},
     "budgets": {"costs", "loops"},
     "jacobians": {"chunks"},

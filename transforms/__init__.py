@@ -1,4 +1,7 @@
-"""The engine: graphs and their transforms. It knows nothing of models, data, files or terminals."""
+"""The engine: graphs and their transforms. It knows nothing of models, data, files or terminals.
+
+`kernels` is imported apart.
+"""
 
 from . import _jax
 
@@ -37,7 +40,6 @@ from .gradient import (
 )
 from .graph import Graph, trace, walk
 from .interpreter import interpret, rewrite, verify
-from .kernels import Compiled, Kernel, compiled
 from .living import live
 from .loops import Loops
 from .patterns import Replaced, replace
@@ -49,7 +51,6 @@ from .selecting import Site, op
 __all__ = [
     "ArgumentError",
     "BudgetError",
-    "Compiled",
     "Cost",
     "DataError",
     "DuplicateRule",
@@ -57,7 +58,6 @@ __all__ = [
     "Graph",
     "GraphError",
     "Halves",
-    "Kernel",
     "Loops",
     "Machine",
     "MissingExtra",
@@ -71,7 +71,6 @@ __all__ = [
     "Rules",
     "Site",
     "Timeline",
-    "compiled",
     "cost",
     "differentiable",
     "grad",

@@ -133,6 +133,20 @@ class Graph:
 
         return listing(self, source=source, lines=lines)
 
+    def to_json(self) -> str:
+        """The graph as JSON: nodes, values and edges, with costs and source lines. docs/viewing.md has the schema."""
+        import json
+
+        from .description import described
+
+        return json.dumps(described(self), allow_nan=False)
+
+    def to_dot(self) -> str:
+        """The graph in the language of Graphviz: `dot -Tsvg`; scopes and sub-graphs are clusters."""
+        from .dot import drawn
+
+        return drawn(self)
+
 
 def trace(
     f: Callable,

@@ -301,6 +301,17 @@ def operands(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
     return [values]
 
 
+def results(eqn: Any) -> list[list[int | None]]:
+    """For each body of `eqn`, which output of the equation each output is, or is a part of; None where it is none."""
+    name = eqn.primitive.name
+    returned = [len(body.jaxpr.jaxpr.outvars) for body in bodies(eqn)]
+    if name in LOOPS:
+        return [[None], list(range(returned[1]))]
+    if name == "custom_linear_solve":
+        return [[None] * n for n in returned]
+    return [list(range(n)) for n in returned]
+
+
 def fed(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
     """As `operands`, with None also where an input is another value from run to run."""
     name, p, inputs = eqn.primitive.name, eqn.params, operands(eqn, values)

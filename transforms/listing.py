@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import _jax, layouts
@@ -25,32 +25,36 @@ _WIDTH = 56  # characters of parameters per equation
 
 def listing(graph: Graph, *, source: bool, lines: int | None) -> str:
     """The text of `graph`; see `Graph.text`."""
-    jaxpr = graph.jaxpr.jaxpr
-    names = _Names(taken=set(graph.paths))
-    for var, path in zip(jaxpr.invars, graph.paths, strict=True):
-        names.known[var] = path
-    inputs = ", ".join(f"{p}: {_aval(a)}" for p, a in zip(graph.paths, graph.in_avals, strict=True))
-    head = [f"{graph.name}({inputs})"]
-    if jaxpr.constvars:
-        head.append("  closed over " + ", ".join(f"{names(v)}:{_aval(v.aval)}" for v in jaxpr.constvars))
-    body = list(_rows(jaxpr, names, source, "  "))
+    head, body = written(graph, Names(graph), source=source)
     if lines is not None and len(body) > (lines := max(lines, 2)):
         folded = f"  … {len(body) - lines} lines folded; text(lines=None) shows all …"
         body = [*body[: lines // 2], folded, *body[len(body) - (lines - lines // 2) :]]
     return "\n".join([*head, *body])
 
 
-class _Names:
-    """Names for variables in order of appearance: a, b, …, z, aa, ab, …"""
+def written(graph: Graph, names: Names, *, source: bool = False) -> tuple[list[str], list[str]]:
+    """The lines of a graph's head and of its equations, with variables called as `names` says."""
+    jaxpr = graph.jaxpr.jaxpr
+    inputs = ", ".join(f"{p}: {short(a)}" for p, a in zip(graph.paths, graph.in_avals, strict=True))
+    head = [f"{graph.name}({inputs})"]
+    if jaxpr.constvars:
+        head.append("  closed over " + ", ".join(f"{names(v)}:{short(v.aval)}" for v in jaxpr.constvars))
+    return head, list(_rows(jaxpr, names, source, "  "))
 
-    def __init__(self, taken: set[str]) -> None:
-        self.known: dict[Any, str] = {}
+
+class Names:
+    """Names for variables: inputs by their paths, others in order of appearance: a, b, …, z, aa, ab, …"""
+
+    def __init__(self, graph: Graph, known: Mapping[Any, str] | None = None, taken: Iterable[str] = ()) -> None:
+        self.known: dict[Any, str] = {**(known or {}), **dict(zip(graph.jaxpr.jaxpr.invars, graph.paths, strict=True))}
+        taken = {*taken, *self.known.values()}
         words = ("".join(w) for n in itertools.count(1) for w in itertools.product(string.ascii_lowercase, repeat=n))
         self.fresh = (word for word in words if word not in taken)
 
     def __call__(self, atom) -> str:
+        """The name of a variable, which it keeps; of a literal the number, or its type."""
         if isinstance(atom, _jax.Literal):
-            return f"{atom.val}" if getattr(atom.val, "ndim", 0) == 0 else _aval(atom.aval)
+            return f"{atom.val}" if getattr(atom.val, "ndim", 0) == 0 else short(atom.aval)
         if _jax.dropped(atom):
             return "_"
         if atom not in self.known:
@@ -58,7 +62,7 @@ class _Names:
         return self.known[atom]
 
 
-def _rows(jaxpr: _jax.Jaxpr, names: _Names, source: bool, indent: str) -> Iterator[str]:
+def _rows(jaxpr: _jax.Jaxpr, names: Names, source: bool, indent: str) -> Iterator[str]:
     open_scopes: list[str] = []
     for eqn in jaxpr.eqns:
         scopes = _split(_jax.scope_of(eqn))
@@ -67,18 +71,19 @@ def _rows(jaxpr: _jax.Jaxpr, names: _Names, source: bool, indent: str) -> Iterat
             yield f"{indent}{'  ' * depth}{scopes[depth]}:"
         open_scopes = scopes
         inner = indent + "  " * len(scopes)
-        yield inner + _equation(eqn, names) + (_where(eqn) if source else "")
+        yield inner + equation(eqn, names) + (_where(eqn) if source else "")
         for body in layouts.bodies(eqn):
             sub = body.jaxpr.jaxpr
-            inputs = ", ".join(f"{names(v)}:{_aval(v.aval)}" for v in [*sub.constvars, *sub.invars])
+            inputs = ", ".join(f"{names(v)}:{short(v.aval)}" for v in [*sub.constvars, *sub.invars])
             yield f"{inner}  {body.label}({inputs})"
             yield from _rows(sub, names, source, inner + "    ")
     yield f"{indent}return {', '.join(map(names, jaxpr.outvars)) or 'nothing'}"
 
 
-def _equation(eqn, names: _Names) -> str:
+def equation(eqn, names: Callable[[Any], str]) -> str:
+    """An equation in one line, as "a:f32[8] = mul x 2.0"."""
     inputs = " ".join(map(names, eqn.invars))
-    outputs = " ".join(f"{names(v)}:{_aval(v.aval)}" for v in eqn.outvars)
+    outputs = " ".join(f"{names(v)}:{short(v.aval)}" for v in eqn.outvars)
     shown = ", ".join(f"{k}={_value(v)}" for k, v in eqn.params.items() if k not in _HIDDEN and _worth_showing(v))
     shown = shown if len(shown) <= _WIDTH else shown[: _WIDTH - 1] + "…"
     return f"{outputs + ' = ' if outputs else ''}{eqn.primitive.name}{f'[{shown}]' if shown else ''} {inputs}".rstrip()
@@ -95,7 +100,8 @@ def _value(value) -> str:
     return " ".join(str(value).split())
 
 
-def _aval(aval) -> str:
+def short(aval) -> str:
+    """A type, as "f32[8,3]"."""
     return aval.str_short(short_dtypes=True)
 
 

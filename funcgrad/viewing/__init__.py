@@ -1,0 +1,10 @@
+"""What people look at: a page of HTML for a graph, and what changed from one graph to another.
+
+Read `pages` (`show`) and `differences` (`diff`). The data of a page is that of
+`transforms.description`; `assets` has its style, its script and the library that lays it out.
+"""
+
+from .differences import Diff, diff
+from .pages import show
+
+__all__ = ["Diff", "diff", "show"]
