@@ -16,7 +16,18 @@ import jaxlib
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("gradients", "dispatch", "training", "rewriting", "recording", "loops", "evaluations", "chunks", "budgets")
+PARTS = (
+    "gradients",
+    "dispatch",
+    "training",
+    "rewriting",
+    "recording",
+    "loops",
+    "evaluations",
+    "chunks",
+    "budgets",
+    "faults",
+)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ ALSO = {
     "compilation": {"retraces"},
     "kernels": {"costs"},
     "costs": {"loops"},
+    "faults": {"loops"},
 }
 
 

@@ -19,6 +19,7 @@ from benchmarks import (
     chunks,
     dispatch,
     evaluations,
+    faults,
     gradients,
     interleaving,
     loops,
@@ -40,6 +41,7 @@ PARTS = {
     "evaluations": evaluations,
     "chunks": chunks,
     "budgets": budgets,
+    "faults": faults,
 }
 ROOT = Path(__file__).parent.parent
 DIFFERENTIABLE = [p for p in CORPUS if "grad" not in p.lacks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,43 @@ def test_source_lines_and_scopes():
     assert "lambda" in function
     assert line > 0
     assert _jax.scope_of(eqn) == "inner"
+
+
+def test_a_traceback_has_the_places_in_the_code_of_its_frames():
+    eqn = jax.make_jaxpr(lambda x: jnp.sin(x))(1.0).eqns[0]
+    codes, places = eqn.source_info.traceback.raw_frames()
+    assert len(codes) == len(places)
+    assert "test_a_traceback" in " ".join(code.co_qualname for code in codes)
+    assert all(isinstance(place, int) for place in places)
+
+
+def test_what_vmap_traces_knows_its_axes(monkeypatch):
+    found, process = [], _jax.BatchTrace.process_primitive
+
+    def seen(self, primitive, values, params, /):
+        found.append(process(self, primitive, values, params))
+        return found[-1]
+
+    monkeypatch.setattr(_jax.BatchTrace, "process_primitive", seen)
+    f = jax.jit(lambda x: jax.vmap(lax.sin, 1, 1)(x))
+    f(jnp.ones((2, 3)))
+    f(jnp.ones((2, 3)))
+    assert len(found) == 1
+    with jax.make_user_context()(object()):  # traced anew
+        f(jnp.ones((2, 3)))
+    assert len(found) == 2
+    for x in found:
+        assert isinstance(x, _jax.BatchTracer)
+        assert (x.val.shape, x.batch_dim) == ((2, 3), 1)
+
+
+def test_a_derivative_rule_runs_below_the_backward_pass():
+    names = []
+    f = jax.custom_vjp(lambda x: x)
+    note = lambda: names.extend(frame.f_code.co_name for frame, _ in traceback.walk_stack(None))
+    f.defvjp(lambda x: (x, None), lambda _, ct: (note(), (ct,))[1])
+    jax.make_jaxpr(jax.grad(f))(1.0)
+    assert any(name.startswith("backward_pass") for name in names)
 
 
 def test_the_context_of_a_trace_is_a_value():

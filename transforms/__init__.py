@@ -1,6 +1,6 @@
 """The engine: graphs and their transforms. It knows nothing of models, data, files or terminals.
 
-`kernels` is imported apart.
+`kernels` and `faults` are imported apart.
 """
 
 from . import _jax

@@ -50,6 +50,8 @@ dce_jaxpr = pe.dce_jaxpr
 StagingTrace = pe.DynamicJaxprTrace
 StagedValue = pe.DynamicJaxprTracer
 LinearizeTrace = ad.LinearizeTrace
+BatchTrace, BatchTracer = batching.BatchTrace, batching.BatchTracer
+is_user_file = source_info_util.is_user_filename
 convert_constvars_jaxpr = pe.convert_constvars_jaxpr
 api_boundary = traceback_util.api_boundary
 pvary_p = core.pvary_p
@@ -83,9 +85,6 @@ def source_lines(eqn: Any, frames: int = 1) -> list[tuple[str, int, str]]:
 def line_of(eqn: Any) -> str | None:
     """The user's line that made `eqn`, as "file.py:41 (function)"."""
     return next((f"{file}:{line} ({function})" for file, line, function in source_lines(eqn)), None)
-
-
-is_user_file = source_info_util.is_user_filename
 
 
 def line_now() -> str | None:

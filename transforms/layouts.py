@@ -285,7 +285,7 @@ def scan_sizes(eqn: Any) -> tuple[int, int, int]:
         consts, carry = p["num_consts"], p["num_carry"]
     else:  # since JAX 0.11
         consts, carry = map(len, p["ft_in"].unpack()[:2])
-    return consts, carry, len(eqn.invars) - consts - carry
+    return consts, carry, len(bodies(eqn)[0].jaxpr.jaxpr.invars) - consts - carry
 
 
 def operands(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:

@@ -6,6 +6,7 @@ does not, backward one that goes on from a checkpoint, one that keeps residuals,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -119,12 +120,7 @@ def backward(
     lent, _ = _lent(sweep, c, x0, _goes(sweep, c, x0))
     hoisted = call(sweep.hoist, lent)
     totals = _zeros(sweep.avals[3])
-
-    def pulled(residuals, goes, y, totals):
-        given = _where(goes, y, [jnp.zeros_like(v) for v in y]) if sweep.prefix else y
-        found = call(sweep.pull, lent, hoisted, residuals, given)
-        new, increments = found[: len(y)], found[len(y) :]
-        return _where(goes, new, y) if sweep.prefix else new, [a + b for a, b in zip(totals, increments, strict=True)]
+    pulled = functools.partial(_pulled, sweep, lent, hoisted)
 
     def last_unit(t):
         left, stored, units, states, running, tape, y, totals = t
@@ -176,6 +172,37 @@ def backward(
     return y, totals
 
 
+def count(sweep: Sweep, c: Sequence[Any], x: Sequence[Any]) -> Any:
+    """How many steps there are."""
+    return _run(sweep, c, _count(sweep, 0), x, _goes(sweep, c, x), [], _LAST)[0]
+
+
+def stepwise(
+    sweep: Sweep, c: Sequence[Any], x: Sequence[Any], y: Sequence[Any] | None, steps: int
+) -> tuple[Sequence[Any], list[Any], list[Any]]:
+    """The last x, y and the totals of a number of steps that is known, as two scans with all residuals between them.
+
+    Args:
+      y: the state that comes back; None for the way forward alone.
+    """
+    lent, active = _lent(sweep, c, x, _goes(sweep, c, x))
+    hoisted = call(sweep.hoist, lent)
+
+    def ahead(t, _):
+        x, active = t
+        goes = _goes(sweep, c, x)
+        active = _followed(goes, x, active)
+        new, residuals = _leaf(sweep, lent, hoisted, x, goes, active)
+        return (new, active), (goes, residuals)
+
+    (x, _), (goes, residuals) = lax.scan(ahead, (list(x), active), None, length=steps)
+    if y is None:
+        return x, [], []
+    back = lambda t, kept: (_pulled(sweep, lent, hoisted, kept[1], kept[0], *t), None)
+    (y, totals), _ = lax.scan(back, (list(y), _zeros(sweep.avals[3])), (goes, residuals), reverse=True)
+    return x, y, totals
+
+
 def _run(
     sweep: Sweep, c: Sequence[Any], i: Any, x: Sequence[Any], goes: Any, active: list[Any], end: Any
 ) -> tuple[Any, list[Any], Any, list[Any]]:
@@ -206,6 +233,16 @@ def _leaf(
     outputs = call(sweep.leaf, lent, hoisted, _where(goes, x, active) if sweep.prefix else x)
     new, residuals = outputs[: len(x)], outputs[len(x) :]
     return _where(goes, new, x) if sweep.prefix else new, residuals
+
+
+def _pulled(
+    sweep: Sweep, c: Sequence[Any], hoisted: Sequence[Any], residuals: Any, goes: Any, y: Sequence[Any], totals: Any
+) -> tuple[list[Any], list[Any]]:
+    """A step back: y and the totals. Lanes that took no such step stay as they are."""
+    given = _where(goes, y, [jnp.zeros_like(v) for v in y]) if sweep.prefix else y
+    found = call(sweep.pull, c, hoisted, residuals, given)
+    new, increments = found[: len(y)], found[len(y) :]
+    return _where(goes, new, y) if sweep.prefix else new, [a + b for a, b in zip(totals, increments, strict=True)]
 
 
 def _borrowed(goes: Any, values: Sequence[Any]) -> list[Any]:
