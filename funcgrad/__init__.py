@@ -26,7 +26,8 @@ from .recording import Node, Tape, tape
 from .training import step, train
 from .transforms import *  # noqa: F403 - what its page lists
 
-_attach()
+_attach(transforms.Cost, transforms.Graph, transforms.Halves, transforms.Plan, transforms.Timeline)
+_attach(transforms.compilation.Retraces, Tape)
 
 if _typing.TYPE_CHECKING:
     from .comparison import Comparison, Study, compare, study  # noqa: F401
@@ -45,7 +46,10 @@ _LATER = {  # what one looks with is imported when it is asked for, so that impo
 def __getattr__(name: str) -> _typing.Any:
     for module, names in _LATER.items():
         if name in names:
-            return getattr(_importlib.import_module(f"{__name__}.{module}"), name)
+            found = [getattr(_importlib.import_module(f"{__name__}.{module}"), each) for each in names]
+            _attach(*(each for each in found if isinstance(each, type)))
+            globals().update(zip(names, found, strict=True))
+            return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 
-from .transforms import Cost, Graph, Halves, Plan, Timeline, walk
-from .transforms.retraces import Retraces
+from .transforms import Graph, Halves, walk
 
 LARGEST = 3000  # equations of a graph that is drawn within a notebook; others show their text
 HEIGHT_PX = 520
 
 
-def attach() -> None:
-    """Give the result classes `_repr_html_`; the engine itself knows no HTML."""
-    shown = dict.fromkeys((Cost, Plan, Retraces, Timeline), lambda self: table(str(self)))
-    shown[Graph] = lambda self: framed(self, self)
-    shown[Halves] = lambda self: framed(self, self.forward)
-    for kind, html_of in shown.items():
-        kind._repr_html_ = html_of  # type: ignore[attr-defined]
+def attach(*kinds: type) -> None:
+    """Give result classes `_repr_html_`, if they have none; the engine itself knows no HTML."""
+    shown: dict[type, Callable] = {
+        Graph: lambda self: framed(self, self),
+        Halves: lambda self: framed(self, self.forward),
+    }
+    for kind in kinds:
+        if not hasattr(kind, "_repr_html_"):
+            kind._repr_html_ = shown.get(kind, lambda self: table(str(self)))  # type: ignore[attr-defined]
 
 
 def framed(what: Graph | Halves, graph: Graph) -> str:

@@ -196,6 +196,9 @@ class Study:
         """Write the report as one HTML file, which replaces one that is there; its path."""
         return _saved(path, self.name, self._repr_html_())
 
+    def __rich__(self) -> Any:
+        return _rich(self.sections())
+
     def __repr__(self) -> str:
         return f"Study({self.name}: {self.eager_operations} operations, {self.traced_equations} traced)"
 
@@ -246,6 +249,9 @@ class Comparison:
         """Write the table and all reports as one HTML file, which replaces one that is there; its path."""
         return _saved(path, "studies", self._repr_html_() + "".join(s._repr_html_() for s in self.studies))
 
+    def __rich__(self) -> Any:
+        return _rich(self.sections())
+
     def __repr__(self) -> str:
         return f"Comparison({', '.join(s.name for s in self.studies)})"
 
@@ -267,6 +273,20 @@ def _text(sections: Sequence[Section]) -> str:
         lines = rows_in_columns([[*row, *[""] * (width - len(row))] for row in rows], left=width)
         parts.append("\n".join([*([title] if title else []), *(f"  {line}" for line in lines)]))
     return "\n".join(parts)
+
+
+def _rich(sections: Sequence[Section]) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    tables = []
+    for title, rows in sections:
+        table = Table(title=title or None, title_justify="left", title_style="bold", box=None, show_header=False)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        tables.append(table)
+    return Group(*tables)
 
 
 _STYLE = """<style>

@@ -32,8 +32,9 @@ def show(
       graph: Graph, or Halves as from `fg.halves`.
       path: where to write; what is there is replaced. None writes to a new temporary file, and opens it in the browser if
         Python runs interactively.
-      times: measured seconds of equations by their names, as {"block_0/tanh#0": 2e-6}; adds the colour "time". `tap` and
-        `Residual.path` name equations in the same way; those of a backward pass start with "transpose".
+      times: measured seconds of equations by their names, as {"block_0/tanh#0": 2e-6}; adds the colour "time".
+        `fg.compiled(graph, *args).times` are such. `tap` and `Residual.path` name equations in the same way; those of a backward
+        pass start with "transpose".
     Returns:
       The path of the file.
     Raises:

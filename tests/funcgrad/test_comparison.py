@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 from jax import lax
 
 import funcgrad as fg
@@ -177,6 +179,9 @@ def test_reports(studied, tmp_path):
     assert "for k in range(3)" in page
     assert "http" not in page.replace("http-equiv", "")
     assert repr(studied).startswith("Study(unrolled: ")
+    console = rich.console.Console(width=200, record=True, file=io.StringIO())
+    console.print(studied)
+    assert "[3,4]" in console.export_text()
 
 
 def test_comparisons(studied, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +108,28 @@ def test_times():
     assert 0 < k.elapsed_s < 1
     assert k.elapsed_s <= 2 * c.elapsed_s
     assert 0 < k.share(fg.Machine("here", 1e12, 1e12)) < k.share(fg.Machine("slower", 1e9, 1e9))
-    (row,) = (row for row in k.equations if str(row.eqn.primitive) == "dot_general")
-    assert 0 < c.seconds_of(row.eqn) <= k.elapsed_s
-    assert c.seconds_of(object()) is None
+    assert 0 < c.times["dot_general#0"] <= k.elapsed_s
+    assert sum(c.times.values()) == pytest.approx(sum(k.elapsed_s or 0 for k in c.kernels))
+
+
+@pytest.mark.parametrize("name", ["scan", "custom_jvp_in_loops", "branches_in_loops", "shard_map_loops"])
+def test_times_have_the_names_of_the_equations(name):
+    p = next((p for p in CORPUS if p.name == name), CORPUS[0])
+    graph = fg.trace(p.f, *p.args)
+    nodes = {n["name"]: n for n in json.loads(graph.to_json())["nodes"] if n["kind"] == "equation"}
+    c = fg.compiled(graph, *p.args)
+    for kernel in c.kernels:
+        assert not kernel.elapsed_s or kernel.equations
+    assert c.times.keys() <= nodes.keys()
+    assert all(nodes[key]["primitive"] == key.rpartition("/")[2].partition("#")[0] for key in c.times)
+
+
+def test_times_are_shown_beside_the_graph(tmp_path):
+    graph = fg.trace(jax.grad(layers), W, X)
+    c = fg.compiled(graph, W, X)
+    assert '"time_s":null' in fg.show(graph, tmp_path / "a.html").read_text()
+    page = fg.show(graph, tmp_path / "b.html", times=c.times).read_text()
+    assert all(f'"time_s":{seconds}' in page for seconds in c.times.values())
 
 
 def test_types_are_compiled_and_not_run():
@@ -122,7 +142,7 @@ def test_types_are_compiled_and_not_run():
     assert not ran
     assert not graph.is_measured
     assert operations(graph.kernels[0]) == ["sin"]
-    assert c.seconds_of(c.kernels[0].equations[0].eqn) is None
+    assert not c.times
 
 
 def test_text_and_dict():

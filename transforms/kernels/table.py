@@ -46,6 +46,8 @@ class Compiled:
       memory: bytes of arguments, results and temporaries.
       compile_s: how long XLA took, in seconds.
       elapsed_s: the wall time of a call, in seconds; None if it was not run.
+      times: name -> seconds of each equation that was measured, for `fg.show(graph, times=...)`: the time of its kernels, in
+        equal parts for all equations in them.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Compiled:
     memory: Memory
     compile_s: float
     elapsed_s: float | None
+    times: dict[str, float]
     executable: Any = dataclasses.field(repr=False, compare=False)
 
     def hlo(self) -> str:
@@ -64,16 +67,6 @@ class Compiled:
     def is_measured(self) -> bool:
         """Whether its kernels have times."""
         return any(k.elapsed_s is not None for k in self.kernels)
-
-    def seconds_of(self, eqn: Any) -> float | None:
-        """The time of the kernels that an equation is in, in equal parts for all that are in them; None if not measured."""
-        parts = [
-            k.elapsed_s / len(k.equations)
-            for k in self.kernels
-            for row in k.equations
-            if row.eqn is eqn and k.elapsed_s is not None
-        ]
-        return sum(parts) if parts else None
 
     def dict(self) -> dict[str, Any]:
         """All of it as plain Python values, for JSON."""
@@ -197,4 +190,9 @@ def compiled(f: Callable, /, *args: Any, **kwargs: Any) -> Compiled:
     found = {id(row) for k in kernels for row in k.equations}
     plain = (tag.row for tag in tags if not is_view(tag.row.eqn) and not layouts.bodies(tag.row.eqn))
     vanished = tuple(row for row in plain if id(row) not in found)
-    return Compiled(graph.name, tuple(kernels), vanished, Memory(*sizes), compile_s, elapsed_s, executable)
+    times: Counter[str] = Counter()
+    names = {id(tag.row): tag.name for tag in tags}
+    for k in (k for k in kernels if k.elapsed_s is not None):
+        for row in k.equations:
+            times[names[id(row)]] += k.elapsed_s / len(k.equations)
+    return Compiled(graph.name, tuple(kernels), vanished, Memory(*sizes), compile_s, elapsed_s, dict(times), executable)

@@ -5,6 +5,7 @@ Scopes change nothing that XLA does, and stay on every instruction that is left 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,9 +25,10 @@ _CALLS = (
 
 
 class Tag(NamedTuple):
-    """An equation of the program, and the tags of those that made its operands."""
+    """An equation of the program, its name as in "block_0/tanh#0", and the tags of those that made its operands."""
 
     row: Row
+    name: str
     parents: tuple[int, ...]
 
 
@@ -35,14 +37,24 @@ def tagged(graph: Graph) -> tuple[Any, list[Tag]]:
     tags: list[Tag] = []
     makers: dict[int, tuple[int, Any]] = {}  # by the identity of a value, which is kept so that no other gets it
 
+    counts: Counter[str] = Counter()  # of equations of a name
+
+    def name_of(eqn: Any, path: Path) -> str:
+        name = "/".join((*path, eqn.primitive.name))
+        counts[name] += 1
+        return f"{name}#{counts[name] - 1}"
+
     def apply(path: Path, eqn: Any, values: Sequence[Any]) -> list[Any]:
         path = joined(path, _jax.scopes(_jax.name_stack(eqn)))
+        name = name_of(eqn, path)
         bodies = [body.jaxpr for body in layouts.bodies(eqn) if eqn.primitive.name != "shard_map"]
         if layouts.is_plain(eqn) or eqn.primitive.name in _CALLS:
             return run(bodies[0].jaxpr, [*bodies[0].consts, *values], partial(apply, path))
         tag = len(tags)
         parents = tuple(makers[id(x)][0] for x in values if id(x) in makers)
-        tags.append(Tag(Row(eqn, path, 1, None if bodies else work(eqn)), parents))
+        tags.append(Tag(Row(eqn, path, 1, None if bodies else work(eqn)), name, parents))
+        for body in layouts.bodies(eqn)[len(bodies) :]:
+            passed_over(path, body.jaxpr.jaxpr)
         with jax.named_scope(f"fg[{tag}]"):
             if bodies:
                 opened = [again(path, body) for body in bodies]
@@ -51,6 +63,14 @@ def tagged(graph: Graph) -> tuple[Any, list[Tag]]:
                 outputs = _jax.bind(eqn.primitive, eqn.params, values)
         makers.update((id(x), (tag, x)) for x in outputs)
         return outputs
+
+    def passed_over(path: Path, jaxpr: Any) -> None:
+        """Count equations that have no tags."""
+        for eqn in jaxpr.eqns:
+            inner = joined(path, _jax.scopes(_jax.name_stack(eqn)))
+            name_of(eqn, inner)
+            for body in layouts.bodies(eqn):
+                passed_over(inner, body.jaxpr.jaxpr)
 
     def again(path: Path, jaxpr: Any) -> layouts.Opened:
         opened = retraced(jaxpr.jaxpr, lambda *values: run(jaxpr.jaxpr, values, partial(apply, path)))
