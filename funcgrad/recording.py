@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import lax
-from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_leaves
+from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from .transforms import _jax, layouts
 from .transforms.errors import ArgumentError, NotScalarError
@@ -44,7 +44,7 @@ class Node(NamedTuple):
       again: computes the outputs, a list, from values for the inputs, under any transform.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]
     primitive: Any
     params: dict[str, Any]
     inputs: tuple[Any, ...]
@@ -163,7 +163,7 @@ class Tape:
                 cotangents[key] = cotangent if key not in cotangents else lax.add(cotangents[key], cotangent)
         found = (cotangents.get(key) for key in keys)
         leaves = [lax.full_like(x, 0) if c is None else c for c, (_, x) in zip(found, paths, strict=True)]
-        return tree.unflatten(leaves)
+        return tree_unflatten(tree, leaves)
 
     def _between(self, keys: Sequence[Any], goal: tuple[int, int] | None) -> list[tuple[Node, tuple[int, ...]]]:
         """The nodes up to the goal that depend on these values, each with the inputs through which it does."""
@@ -221,7 +221,7 @@ class Tape:
                 with _jax.sourced(node.sources[0]):
                     made = node.again(*read)
                 env.update(((node.index, k), x) for k, x in enumerate(made))
-            return tree.unflatten([env.get(self.makers.get(id(x), id(x)), x) for x in leaves])
+            return tree_unflatten(tree, [env.get(self.makers.get(id(x), id(x)), x) for x in leaves])
 
         return trace(run, **inputs)
 
@@ -313,7 +313,7 @@ class _Again(NamedTuple):
     primitive: Any
     params: dict[str, Any]
 
-    def __call__(self, *values):
+    def __call__(self, *values: Any) -> list[Any]:
         outputs = self.primitive.bind(*values, **self.params)
         return list(outputs) if self.primitive.multiple_results else [outputs]
 
@@ -338,7 +338,7 @@ def _compiled(primitive: Any, params: tuple, varied: tuple[int, ...]) -> Callabl
     return jax.jit(functools.partial(_pull_back, _Again(primitive, dict(params)), varied))
 
 
-def _pull_back(f: Callable, varied: tuple[int, ...], inputs: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+def _pull_back(f: Any, varied: tuple[int, ...], inputs: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
     def of_varied(*some):
         given = dict(zip(varied, some, strict=True))
         return f(*(given.get(k, x) for k, x in enumerate(inputs)))

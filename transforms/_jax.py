@@ -363,7 +363,7 @@ def is_eager(trace: Trace) -> bool:
     return isinstance(trace, core.EvalTrace)
 
 
-def look_through(kind: type[Trace]) -> None:
+def look_through(kind: Any) -> None:
     """From now on, who asks which trace is current is told of the one below those of this kind, which have no own values.
 
     flax.nnx asks before it changes a variable, which must be in the trace that made it. JAX has no hook for this.

@@ -62,7 +62,7 @@ def study(
     """
     if not callable(f):
         raise ArgumentError(f"study takes a function, and got {type(f).__name__}.", inputs=f"{f!r:.60}")
-    options = {"static_argnums": static_argnums, "static_argnames": static_argnames}
+    options: dict[str, Any] = {"static_argnums": static_argnums, "static_argnames": static_argnames}
     g, given, named, signature = without_static(f, args, kwargs, **options)
     with noticing(f) as eager, tape() as t:
         out = f(*args, **kwargs)
@@ -166,7 +166,7 @@ def _constants(f: Callable, graph: Graph) -> tuple[Constant, ...]:
     named |= {
         name: function.__globals__[name] for name in (code.co_names if code else ()) if name in function.__globals__
     }
-    names = {}
+    names: dict[int, str] = {}
     for name, value in named.items():
         with contextlib.suppress(Exception):  # a value of any kind: what is no tree has no leaves to name
             names |= {id(leaf): name + keystr(path) for path, leaf in tree_leaves_with_path(value)}

@@ -181,7 +181,8 @@ def compiled(f: Callable, /, *args: Any, **kwargs: Any) -> Compiled:
     executable = jitted.lower(*leaves).compile()
     compile_s = time.perf_counter() - start_s
     module = parse(executable.as_text())
-    elapsed_s, seconds = None, {}
+    elapsed_s: float | None = None
+    seconds: dict[str, float] = {}
     if not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         elapsed_s, seconds = measured(executable, leaves, donated(graph), module.name)
     analysis = executable.memory_analysis()
@@ -190,9 +191,10 @@ def compiled(f: Callable, /, *args: Any, **kwargs: Any) -> Compiled:
     found = {id(row) for k in kernels for row in k.equations}
     plain = (tag.row for tag in tags if not is_view(tag.row.eqn) and not layouts.bodies(tag.row.eqn))
     vanished = tuple(row for row in plain if id(row) not in found)
-    times: Counter[str] = Counter()
+    times: dict[str, float] = {}
     names = {id(tag.row): tag.name for tag in tags}
-    for k in (k for k in kernels if k.elapsed_s is not None):
-        for row in k.equations:
-            times[names[id(row)]] += k.elapsed_s / len(k.equations)
-    return Compiled(graph.name, tuple(kernels), vanished, Memory(*sizes), compile_s, elapsed_s, dict(times), executable)
+    for k in kernels:
+        if k.elapsed_s is not None:
+            for row in k.equations:
+                times[names[id(row)]] = times.get(names[id(row)], 0.0) + k.elapsed_s / len(k.equations)
+    return Compiled(graph.name, tuple(kernels), vanished, Memory(*sizes), compile_s, elapsed_s, times, executable)
