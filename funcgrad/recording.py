@@ -23,6 +23,7 @@ from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_lea
 
 from .transforms import _jax, layouts
 from .transforms.errors import ArgumentError, NotScalarError
+from .transforms.evaluation import operations
 from .transforms.gradient import vjp
 from .transforms.graph import Graph, trace
 from .transforms.living import Bound, Watch, refilled, run
@@ -327,15 +328,21 @@ def _pulled_back(node: Node, varied: tuple[int, ...], cotangents: Sequence[Any])
     if not isinstance(node.again, _Again):
         return _pull_back(node.again, varied, node.inputs, cotangents)
     try:
-        compiled = _compiled(node.primitive, tuple(node.params.items()), varied)
+        compiled = (_of_operation if node.primitive in operations() else _of_program)(
+            node.primitive, tuple(node.params.items()), varied
+        )
     except TypeError:  # parameters without a hash
         compiled = jax.jit(functools.partial(_pull_back, node.again, varied))
     return compiled(node.inputs, cotangents)
 
 
-@functools.lru_cache(maxsize=4096)
 def _compiled(primitive: Any, params: tuple, varied: tuple[int, ...]) -> Callable:
     return jax.jit(functools.partial(_pull_back, _Again(primitive, dict(params)), varied))
+
+
+# JAX's own operations hold nothing of the user's; bodies of loops and callbacks do, so few of these are kept.
+_of_operation = functools.lru_cache(maxsize=4096)(_compiled)
+_of_program = functools.lru_cache(maxsize=64)(_compiled)
 
 
 def _pull_back(f: Any, varied: tuple[int, ...], inputs: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
