@@ -121,7 +121,7 @@ def draw(points: dict[str, list[tuple[str, float, float]]], path: str) -> None:
     axes.set(xlabel="temporaries of the gradient, MiB", ylabel="ms per gradient", xlim=(0, None), ylim=(0, None))
     axes.set_title(f"A transformer of {LAYERS} layers, batch {BATCH}")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")  # with labels that stand out at the right
 
 
 def main(path: str = "budget.png") -> float:
