@@ -320,7 +320,7 @@ def _not_finite(step: Any, number: int, loss: Any, batch: Any) -> NotFiniteError
             found += [
                 f"batch{keystr(path)} has {count} {kind} of {leaf.size}" for kind, count in counts.items() if count
             ]
-    hint = "a smaller learning rate, clipped gradients, or jax.debug_nans(True) for the operation that made it"
+    hint = "a smaller learning rate, clipped gradients, or fg.nan_origin(step, state, batch) of the state before it"
     return NotFiniteError(
         f"train got a loss of {loss} at step {number}.",
         at=location(getattr(step, "loss", step)),

@@ -651,7 +651,7 @@ def test_a_loss_that_explodes():
     assert message(error).splitlines()[1:] == [
         "  at      (loss)",
         "  inputs  the batch is finite",
-        "  try     a smaller learning rate, clipped gradients, or jax.debug_nans(True) for the operation that made it",
+        "  try     a smaller learning rate, clipped gradients, or fg.nan_origin(step, state, batch) of the state before it",
     ]
 
 
