@@ -161,5 +161,5 @@ def owned(batch: Any) -> Any:
 def _owned(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf
-    is_plain = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
+    is_plain = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc" and leaf.dtype.isnative
     return np.array(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype)) if is_plain else jnp.array(leaf)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,6 @@ from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_lea
 
 from .transforms import _jax, layouts
 from .transforms.errors import ArgumentError, NotScalarError
-from .transforms.evaluation import operations
 from .transforms.gradient import vjp
 from .transforms.graph import Graph, trace
 from .transforms.living import Bound, Watch, refilled, run
@@ -100,8 +99,9 @@ class Tape:
         index, makers = len(self.nodes), self.makers
         parents = tuple([makers.get(id(x)) for x in values])
         for k, x in enumerate(outputs):
-            if any(x is y for y in values) and isinstance(x, jax.Array):
-                outputs[k] = x = x.copy()  # a value of its own: what was passed on may have another derivative
+            # A value of its own: what is passed on may have another derivative, and a function may return what it closes over.
+            if isinstance(x, jax.Array) and (not isinstance(run, _Again) or any(x is y for y in values)):
+                outputs[k] = x = x.copy()
             makers[id(x)] = index, k
         self.nodes.append(
             Node(index, primitive, params, tuple(values), tuple(outputs), parents, elapsed_s, sources, run)
@@ -139,8 +139,9 @@ class Tape:
         >>> t.grad(y, x)
         Array(6., dtype=float32)
         """
-        goal = self.makers.get(id(loss))
-        aval = jax.typeof(loss)
+        goal, aval = self.makers.get(id(loss)), jax.typeof(loss) if hasattr(loss, "dtype") else None
+        if aval is None:
+            raise NotScalarError(f"tape.grad needs a float scalar of shape (), and got {type(loss).__name__}.")
         if aval.shape != () or not jax.dtypes.issubdtype(aval.dtype, jax.numpy.floating):
             what = f"tape.grad needs a float scalar of shape (), and got {aval.str_short()}."
             raise NotScalarError(what, hint="reduce it while the tape is open, as in loss = jnp.mean(losses)")
@@ -167,23 +168,27 @@ class Tape:
         return tree_unflatten(tree, leaves)
 
     def _between(self, keys: Sequence[Any], goal: tuple[int, int] | None) -> list[tuple[Node, tuple[int, ...]]]:
-        """The nodes up to the goal that depend on these values, each with the inputs through which it does."""
+        """The nodes up to the goal that vary with these values, each with the inputs through which it does.
+
+        Where a derivative is zero whatever the values are, as that of floor, nothing varies: zeros would meet infinities.
+        """
         reached, found = set(keys), []
         for node in self.nodes[: goal[0] + 1 if goal else 0]:
             varied = tuple(
                 k for k, (x, p) in enumerate(zip(node.inputs, node.parents, strict=True)) if (p or id(x)) in reached
             )
             if varied:
-                if not all(_jax.is_array(jax.typeof(x)) for x in node.inputs):
+                if not all(_jax.is_array(jax.typeof(x)) for x in (*node.inputs, *node.outputs)):
                     what = (
                         f"tape.grad goes through '{node.primitive}' of a reference, which other operations may change."
                     )
                     raise ArgumentError(what, at=node.line, hint="fg.grad of the function differentiates references")
-                found.append((node, varied))
-                reached |= {(node.index, k) for k, x in enumerate(node.outputs) if _is_float(x)}
+                varied, varying = _varying(node, varied)
+                found += [(node, varied)] if varied else []
+                reached |= {(node.index, k) for k in varying}
         return found
 
-    def graph(self, inputs: dict[str, Any] | None = None, outputs: Any = None) -> Graph:
+    def graph(self, inputs: Mapping[str, Any] | None = None, outputs: Any = None) -> Graph:
         """This run as a Graph: the operations that ran, without the Python between them.
 
         Args:
@@ -203,16 +208,27 @@ class Tape:
         """
         used = {p for node in self.nodes for p in node.parents}
         given = self.given()
+        if inputs is not None and not isinstance(inputs, Mapping):
+            raise ArgumentError(
+                f"tape.graph needs inputs by name, and got {type(inputs).__name__}.", hint="inputs={'x': x}"
+            )
         if inputs is None:
             inputs = {f"x{k}": x for k, x in enumerate(given)}
         if outputs is None:
             every = ((n.index, k, x) for n in self.nodes for k, x in enumerate(n.outputs))
             outputs = tuple(x for i, k, x in every if (i, k) not in used)
-        unknown = [keystr(path) for path, x in tree_flatten_with_path(inputs)[0] if not any(x is y for y in given)]
+        unknown = [
+            keystr(path)
+            for path, x in tree_flatten_with_path(inputs)[0]
+            if not any(x is y for y in [*given, *tree_leaves(outputs)])
+        ]
         if unknown:
             what = f"tape.graph found no use of {', '.join(f'inputs{path}' for path in unknown)} in this run."
             raise ArgumentError(what, hint="pass the very arrays that were computed with, and no results")
         leaves, tree = tree_flatten(outputs)
+        if not all(id(x) in self.makers or any(x is y for y in tree_leaves(inputs)) for x in leaves):
+            what = "tape.graph needs outputs that were computed while the tape was open, and got another array."
+            raise ArgumentError(what, hint="with fg.tape() as t: y = f(x); then t.graph({'x': x}, y)")
         arrays = tree_leaves(inputs)
 
         def run(**named):
@@ -328,7 +344,7 @@ def _pulled_back(node: Node, varied: tuple[int, ...], cotangents: Sequence[Any])
     if not isinstance(node.again, _Again):
         return _pull_back(node.again, varied, node.inputs, cotangents)
     try:
-        compiled = (_of_operation if node.primitive in operations() else _of_program)(
+        compiled = (_of_operation if node.primitive in _operations() else _of_program)(
             node.primitive, tuple(node.params.items()), varied
         )
     except TypeError:  # parameters without a hash
@@ -336,8 +352,36 @@ def _pulled_back(node: Node, varied: tuple[int, ...], cotangents: Sequence[Any])
     return compiled(node.inputs, cotangents)
 
 
+def _varying(node: Node, varied: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Through which of these inputs a node varies, and which of its outputs do."""
+    avals = tuple(map(jax.typeof, node.inputs))
+    if node.primitive in _operations():
+        with suppress(TypeError):  # parameters without a hash
+            return _varying_of_operation(node.primitive, tuple(node.params.items()), avals, varied)
+    return varied, _outputs_of(_jax.stage_flat(node.again, avals, _jax.no_names), varied)
+
+
+@functools.lru_cache(maxsize=4096)
+def _varying_of_operation(primitive: Any, params: tuple, avals: tuple, varied: tuple[int, ...]) -> Any:
+    jaxpr = _jax.stage_flat(_Again(primitive, dict(params)), avals, _jax.no_names)
+    return tuple(k for k in varied if _outputs_of(jaxpr, (k,))), _outputs_of(jaxpr, varied)
+
+
+def _outputs_of(jaxpr: Any, varied: tuple[int, ...]) -> tuple[int, ...]:
+    """The outputs that vary with some inputs: those with tangents."""
+    _, found = _jax.jvp_of(jaxpr, [k in varied for k in range(len(jaxpr.in_avals))], False)
+    return tuple(k for k, is_varying in enumerate(found) if is_varying)
+
+
 def _compiled(primitive: Any, params: tuple, varied: tuple[int, ...]) -> Callable:
     return jax.jit(functools.partial(_pull_back, _Again(primitive, dict(params)), varied))
+
+
+@functools.cache
+def _operations() -> frozenset[Any]:
+    """JAX's own operations without sub-graphs."""
+    every = (getattr(lax, name) for name in dir(lax) if name.endswith("_p"))
+    return frozenset(p for p in every if not layouts.has_bodies(p))
 
 
 # JAX's own operations hold nothing of the user's; bodies of loops and callbacks do, so few of these are kept.

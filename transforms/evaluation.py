@@ -81,7 +81,7 @@ def _linearized_once(tables: Sequence[Rules], eqn: Any, values: Sequence[Any]) -
     """Bind an equation as a jitted function, if JAX would else trace its JVP anew and no rule claims it."""
     primitive, params = eqn.primitive, tuple(eqn.params.items())
     is_claimed = any(rules.default or primitive in rules.table for rules in tables)
-    if not is_claimed and primitive in operations() and not any(hasattr(x, "eqns") for _, x in params):
+    if not is_claimed and primitive in _operations() and not any(hasattr(x, "eqns") for _, x in params):
         avals = tuple(v.aval for v in eqn.invars)
         try:
             operation = _operation(primitive, params, avals, _jax.current_context())
@@ -93,7 +93,7 @@ def _linearized_once(tables: Sequence[Rules], eqn: Any, values: Sequence[Any]) -
 
 
 @functools.cache
-def operations() -> frozenset[_jax.Primitive]:
+def _operations() -> frozenset[_jax.Primitive]:
     """JAX's own operations: what equal parameters of theirs mean is equal too, and they hold nothing of the user's."""
     every = (getattr(lax, name) for name in dir(lax) if name.endswith("_p"))
     return frozenset(p for p in every if _jax.is_linearized_by_jvp(p) and not layouts.has_bodies(p))
