@@ -76,6 +76,38 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert k.work.flops == 2 * 32 * 64 * 64
 
 
+KEY = jax.random.key(0)
+CONV = (jnp.ones((2, 3, 8, 8)), jnp.ones((4, 3, 3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("f", "args"),
+    [
+        (lambda k, x: jnp.where(jax.random.bernoulli(k, 0.5, x.shape), x, 0.0), (KEY, X)),
+        (lambda k: jax.random.permutation(k, 100), (KEY,)),
+        (jax.random.split, (KEY,)),
+        (jnp.cumsum, (jnp.ones(1000),)),
+        (lambda w, v: jnp.tanh(w @ v), (W, X[0])),
+        (lambda x, k: lax.conv(x, k, (1, 1), "SAME"), CONV),
+        (jax.grad(looped), (W, X)),
+        (jax.grad(lambda x, k: jnp.sum(lax.conv(x, k, (1, 1), "SAME") ** 2)), CONV),
+        (jax.grad(layers), (W, X)),
+    ],
+    ids=["dropout", "permutation", "split", "cumsum", "matvec", "conv", "scan", "grad_conv", "layers"],
+)
+def test_the_work_of_the_kernels_is_that_of_the_program(f, args):
+    """But for what vanished, or was added; each product has its own."""
+    c, cost = fg.compiled(f, *args), fg.cost(f, *args)
+    flops = sum(k.work.flops for k in c.kernels)
+    assert flops <= 1.001 * cost.flops
+    heavy = [row for row in cost.rows if str(row.eqn.primitive) in ("dot_general", "conv_general_dilated")]
+    products = [k for k in c.kernels if k.kind in ("matmul", "convolution")]
+    assert sum(k.work.flops for k in products) >= 0.999 * sum(row.work.flops for row in heavy)
+    assert all(k.work.flops > 0 for k in products)
+    assert not any(k.is_added for k in products)
+    assert not any(k.work.flops for k in c.kernels if k.kind == "copy")
+
+
 def test_bytes_of_a_slice_and_of_an_update():
     big = jnp.zeros((1000, 64))
     (k,) = (

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .. import layouts
 from ..costs.machines import Machine
 from ..costs.operations import Work
 from ..costs.table import Row
@@ -25,6 +26,9 @@ CORES = {
     "fft": "fft",
     "custom-call": "",
 }
+CORE = 1000  # how much one of these counts
+_NAMED = ("dot", "convolution")  # of which every one is an equation's
+_MOVES = frozenset(("copy", "bitcast", "transpose", "reshape", "broadcast", "slice", "concatenate", "pad"))
 _LIBRARIES = {  # by what the target of a call or fusion contains
     "onednn": "oneDNN",
     "ynn": "YNN",
@@ -78,67 +82,111 @@ class Kernel:
 
 
 def kernels_of(module: Module, tags: Sequence[Tag]) -> list[Kernel]:
-    """The kernels of a program, with the equations in each."""
-    found = [(i, times, owner, _tags_in(module.inside(i))) for i, times, owner in _running(module, module.entry, 1)]
-    present = {t for *_, inside in found for t in inside}
-    for i, _, _, inside in found:
-        inside |= _folded(module.inside(i), tags, present)
-    cored = {t for *_, inside in found for t, is_core in inside.items() if is_core}
-    neighbours = _Neighbours(module, {i.name: list(inside) for i, _, _, inside in found})
+    """The kernels of a program, with the equations in each.
+
+    The work of an equation is that of the kernels that do what it is named for, or else of the one with the most of it.
+    """
+    runs = list(_running(module, tags, module.entry))
+    inside = [_parts(module.inside(run.instruction), tags) for run in runs]
+    known = {run.instruction.name: list(parts) for run, parts in zip(runs, inside, strict=True)}
+    neighbours = _Neighbours(module, known)
+    done = {t for parts in inside for t, score in parts.items() if score >= CORE}
+    for run, parts in zip(runs, inside, strict=True):
+        for core in module.inside(run.instruction):
+            is_unnamed = core.opcode in _NAMED and not _is_named(core, core.tag, tags)
+            tag = _named(core, run.instruction, tags, neighbours, done) if is_unnamed else None
+            if tag is not None:
+                parts[tag] = parts.get(tag, 0) + CORE
+                done.add(tag)
+    best = {t: max(parts.get(t, 0) for parts in inside) for t in {t for parts in inside for t in parts}}
+    doers = {t: [k for k, parts in enumerate(inside) if parts.get(t, -1) == most] for t, most in best.items()}
     kernels = []
-    for i, times, owner, inside in found:
-        done = sum((tags[t].row.once or Work() for t, is_core in inside.items() if is_core or t not in cored), Work())
-        whole = Work(done.flops, done.transcendentals, *_traffic(module, i)).times(1 if times is None else times)
-        rows = tuple(tags[t].row for t in inside or neighbours.of(i) or owner)
-        kernels.append(Kernel(i.name, *_kind(module, i), rows, times, whole, not inside))
+    for k, (run, parts) in enumerate(zip(runs, inside, strict=True)):
+        work = Work()
+        for t in parts:
+            share = doers[t] if best[t] >= CORE else doers[t][:1]
+            if k in share:
+                work += (tags[t].row.once or Work()).times(run.trips / len(share))
+        read, written = (bytes_ * (run.times or 1) for bytes_ in _traffic(module, run.instruction))
+        whole = Work(work.flops, work.transcendentals, read, written)
+        rows = tuple(tags[t].row for t in parts or neighbours.of(run.instruction) or run.owner)
+        name, kind = run.instruction.name, _kind(module, run.instruction)
+        kernels.append(Kernel(name, *kind, rows, run.times, whole, not parts))
     return kernels
 
 
+class _Run(NamedTuple):
+    """An instruction that runs: how often, how often the loops among the equations around it go round, and the innermost."""
+
+    instruction: Instruction
+    times: int | None
+    trips: int
+    owner: tuple[int, ...]
+
+
 def _running(
-    module: Module, computation: str, times: int | None, owner: tuple[int, ...] = ()
-) -> Iterator[tuple[Instruction, int | None, tuple[int, ...]]]:
-    """What runs, how often, and the tag of the loop or branch that it is in."""
+    module: Module,
+    tags: Sequence[Tag],
+    computation: str,
+    times: int | None = 1,
+    trips: int = 1,
+    owner: tuple[int, ...] = (),
+) -> Iterator[_Run]:
     for i in module.computations[computation]:
         if i.opcode in ("while", "conditional", "call", "async-start"):
-            n = (None if times is None or i.trips is None else times * i.trips) if i.opcode == "while" else times
+            inner, around, rounds = owner if i.tag is None else (i.tag,), times, trips
+            if i.opcode == "while":
+                around = None if times is None or i.trips is None else times * i.trips
+                is_loop = i.tag is not None and bool(
+                    layouts.bodies(tags[i.tag].row.eqn)
+                )  # not one that an operation became
+                rounds = trips * (i.trips or 1) if is_loop else trips
             for name in i.called:
-                yield from _running(module, name, n, tuple(_tags_in([i])) or owner)
+                yield from _running(module, tags, name, around, rounds, inner)
         elif i.opcode not in FREE and not i.opcode.endswith("-done"):
-            yield i, times, owner
+            yield _Run(i, times, trips, owner)
 
 
-def _tags_in(instructions: Sequence[Instruction]) -> dict[int, bool]:
-    """The equations that these instructions are of, and whether what an equation is named for is among them."""
-    tags: dict[int, bool] = {}
+def _parts(instructions: Sequence[Instruction], tags: Sequence[Tag]) -> dict[int, int]:
+    """The equations that these instructions are of, and how much of each: instructions that compute, many for its own."""
+    parts: dict[int, int] = {}
     for i in instructions:
         if i.tag is not None and i.opcode not in ("parameter", "tuple", "get-tuple-element"):
-            tags[i.tag] = tags.get(i.tag, False) or i.opcode in CORES
-    return tags
+            score = 0 if i.opcode in _MOVES else CORE if i.opcode in CORES and _is_named(i, i.tag, tags) else 1
+            parts[i.tag] = parts.get(i.tag, 0) + score
+    return parts
 
 
-def _folded(instructions: Sequence[Instruction], tags: Sequence[Tag], present: set[int]) -> dict[int, bool]:
-    """Equations that became one with what reads them, as a product with its transpose: only the reader's name is left."""
-    found = {}
-    for i in instructions:
-        made = CORES.get(i.opcode)
-        if i.tag is None or made is None or str(tags[i.tag].row.eqn.primitive).startswith(made):
-            continue
-        front = [i.tag]
-        for _ in range(4):  # a reader is a transpose or two away
-            front = [p for t in front for p in tags[t].parents if p not in present]
-            for t in front:
-                if str(tags[t].row.eqn.primitive).startswith(made):
-                    found[t] = True
-    return found
+def _is_named(i: Instruction, tag: int | None, tags: Sequence[Tag]) -> bool:
+    """Whether an equation is named for what this instruction does."""
+    return tag is not None and str(tags[tag].row.eqn.primitive).startswith(CORES[i.opcode])
+
+
+def _named(
+    core: Instruction, kernel: Instruction, tags: Sequence[Tag], neighbours: _Neighbours, done: set[int]
+) -> int | None:
+    """The equation of a product or convolution that has another's name: that of its transpose, of the loop around, or none."""
+    near, front = [], [] if core.tag is None else [core.tag]
+    for _ in range(4):  # a reader is a transpose or two away
+        front = [p for t in front for p in tags[t].parents]
+        near += front
+    near += [t for i in neighbours.around(core, kernel) for t in neighbours.known.get(i.name, ()) or _of(i)]
+    found = [t for t in near if _is_named(core, t, tags)]
+    return next((t for t in found if t not in done), next(iter(found), None))
+
+
+def _of(i: Instruction) -> list[int]:
+    return [] if i.tag is None else [i.tag]
 
 
 class _Neighbours(NamedTuple):
-    """Which equations something belongs to that XLA added: those of what reads it, else of what it reads."""
+    """What stands near an instruction in the program."""
 
     module: Module
-    known: dict[str, list[int]]
+    known: dict[str, list[int]]  # the equations in each kernel
 
     def of(self, instruction: Instruction) -> list[int]:
+        """The equations that something belongs to that XLA added: those of what reads it, else of what it reads."""
         readers, made = self.module.readers, self.module.by_name
         return self._first(instruction, lambda i: readers[i.name]) or self._first(
             instruction, lambda i: [made[name] for name in i.operands]
@@ -150,9 +198,19 @@ class _Neighbours(NamedTuple):
             front = [i for j in front for i in near(j) if i.name not in seen]
             seen.update(i.name for i in front)
             for i in front:
-                if tags := self.known.get(i.name) or list(_tags_in([i])):
+                if tags := self.known.get(i.name) or _of(i):
                     return tags
         return []
+
+    def around(self, *instructions: Instruction) -> list[Instruction]:
+        """What they read and what reads them, the nearest first."""
+        seen, front = {i.name: i for i in instructions}, list(instructions)
+        for _ in range(4):
+            near = [self.module.by_name[name] for i in front for name in i.operands]
+            near += [reader for i in front for reader in self.module.readers[i.name]]
+            front = list({i.name: i for i in near if i.name not in seen}.values())
+            seen |= {i.name: i for i in front}
+        return list(seen.values())
 
 
 def _kind(module: Module, instruction: Instruction) -> tuple[str, str]:
