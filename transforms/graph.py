@@ -232,7 +232,9 @@ def _check_traceable(f, path: str, leaf) -> None:
         raise ArgumentError(
             f"{name_of(f)} cannot be traced with {path} of type {type(leaf).__name__}, which is not an array.",
             inputs=f"{path} = {leaf!r:.60}",
-            hint=f"name it static: fg.trace({name_of(f)}, ..., static_argnames={path.split('[')[0]!r})",
+            hint=f"name it static: fg.trace({name_of(f)}, ..., static_argnames={path!r})"
+            if path.isidentifier()
+            else f"close over it, or leave it out: only arrays can stand in {path.split('[')[0].split('.')[0]}",
         ) from None
 
 

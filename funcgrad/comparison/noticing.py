@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import inspect
 import io
 import linecache
 import sys
 import sysconfig
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -51,82 +53,130 @@ class Unrolled:
 
 @dataclass
 class Noticed:
-    """What was noticed: counts of lines by function, and what was printed."""
+    """What was noticed: how often each function went from a line to another, and what was printed."""
 
-    lines: Counter[tuple[CodeType, int]] = field(default_factory=Counter)
+    steps: Counter[tuple[CodeType, int, int]] = field(default_factory=Counter)
     printed: list[str] = field(default_factory=list)
 
     def branches(self) -> list[Branch]:
         """The `if` statements that were reached, in the order of the source."""
         found = []
         for code, node in self._statements(ast.If):
-            parts = [node.body, node.orelse]
-            first = [part[0].lineno if part else 0 for part in parts]
-            ran = [bool(self.lines[code, line]) for line in first]
-            if node.body[0].lineno == node.lineno:  # all on one line
+            head, body = range(node.lineno, node.body[0].lineno), node.body[0].lineno
+            if not head:  # all on one line
                 continue
-            if not node.orelse:
-                ran[1] = self.lines[code, node.lineno] > self.lines[code, first[0]]
-            is_else = [
-                True,
-                not (len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If)),
-            ]  # elif is one of its own
-            text = [_source(code, line) if line and shown else "" for line, shown in zip(first, is_else, strict=True)]
-            taken = tuple(t for t, is_taken in zip(text, ran, strict=True) if is_taken)
-            other = tuple(t for t, is_taken in zip(text, ran, strict=True) if not is_taken)
-            found.append(Branch(_line(code, node.lineno), ast.unparse(node.test), taken, other))
+            into = self._entered(code, head, body)
+            beside = sum(n for (c, a, b), n in self.steps.items() if c is code and a in head and b not in head) - into
+            is_elif = len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If)  # it is one of its own
+            other = _source(code, node.orelse[0].lineno) if node.orelse and not is_elif else ""
+            parts = [(_source(code, body), into), (other, beside)]
+            taken, left = ([text for text, n in parts if bool(n) is ran] for ran in (True, False))
+            found.append(Branch(_line(code, node.lineno), ast.unparse(node.test), tuple(taken), tuple(left)))
         return found
 
     def loops(self) -> list[Unrolled]:
         """The `for` and `while` statements that were reached, in the order of the source."""
         found = []
         for code, node in self._statements((ast.For, ast.While)):
-            if node.body[0].lineno != node.lineno:
-                head = _source(code, node.lineno).rstrip(":")
-                found.append(Unrolled(_line(code, node.lineno), head, self.lines[code, node.body[0].lineno]))
+            if head := range(node.lineno, node.body[0].lineno):
+                text = _source(code, node.lineno).rstrip(":")
+                times = self._entered(code, head, node.body[0].lineno)
+                found.append(Unrolled(_line(code, node.lineno), text, times))
         return found
 
+    def _entered(self, code: CodeType, head: range, body: int) -> int:
+        """How often a function went from the head of a statement into its body."""
+        return sum(n for (c, a, b), n in self.steps.items() if c is code and a in head and b == body)
+
     def _statements(self, kind: Any) -> Iterator[tuple[CodeType, Any]]:
-        codes = dict.fromkeys(code for code, _ in self.lines)
+        codes = dict.fromkeys(code for code, _, _ in self.steps)
         for code in sorted(codes, key=lambda code: (code.co_filename, code.co_firstlineno)):
-            reached = {line for known, line in self.lines if known is code}
-            for node in ast.walk(_parsed(code.co_filename)):
-                if isinstance(node, kind) and node.lineno in reached:
-                    yield code, node
+            reached = {line for known, _, line in self.steps if known is code}
+            statements = _parsed(code.co_filename, "".join(linecache.getlines(code.co_filename)))
+            for node in (node for node in statements if isinstance(node, kind) and node.lineno in reached):
+                yield code, node
 
 
 @contextlib.contextmanager
 def noticing(f: Any) -> Iterator[Noticed]:
     """Notice what this thread does in the user's files, that of `f` among them; what it prints is kept and not shown."""
-    noticed, text, before = Noticed(), io.StringIO(), sys.gettrace()
+    noticed, before = Noticed(), sys.gettrace()
     own = getattr(getattr(inspect.unwrap(f), "__code__", None), "co_filename", "")
     is_user: dict[str, bool] = {own: True}
 
     def called(frame: FrameType, event: str, _: Any) -> Any:
-        name = frame.f_code.co_filename
-        if name not in is_user:
-            is_user[name] = _jax.is_user_file(name) and not name.startswith(_LIBRARIES)
-        return line if is_user[name] else None
+        code, last = frame.f_code, 0
+        if code.co_filename not in is_user:
+            is_user[code.co_filename] = is_users(code.co_filename)
 
-    def line(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line":
-            noticed.lines[frame.f_code, frame.f_lineno] += 1
-        return line
+        def line(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal last
+            if event == "line":
+                noticed.steps[code, last, frame.f_lineno] += 1
+                last = frame.f_lineno
+            return line
 
-    with contextlib.redirect_stdout(text):
+        return line if is_user[code.co_filename] else None
+
+    with silent() as printed:
         sys.settrace(called)
         try:
             yield noticed
         finally:
             sys.settrace(before)
-            noticed.printed += text.getvalue().splitlines()
+            noticed.printed += printed.getvalue().splitlines()
 
 
-def _parsed(filename: str) -> ast.AST:
+def is_users(filename: str) -> bool:
+    """Whether a file is the user's, and no library's."""
+    return _jax.is_user_file(filename) and not filename.startswith(_LIBRARIES)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[io.StringIO]:
+    """What this thread prints is kept; what others print is shown."""
+    kept, thread = io.StringIO(), threading.get_ident()
+    with _lock:
+        if not isinstance(sys.stdout, _Writer):
+            sys.stdout = _Writer(sys.stdout)
+        writer = sys.stdout
+        writer.kept.setdefault(thread, []).append(kept)
     try:
-        return ast.parse("".join(linecache.getlines(filename)))
-    except SyntaxError:  # as in a notebook's cell with magic
-        return ast.Module([], [])
+        yield kept
+    finally:
+        with _lock:
+            writer.kept[thread].pop()
+            if sys.stdout is writer and not any(writer.kept.values()):
+                sys.stdout = writer.shown
+
+
+_lock = threading.Lock()
+
+
+class _Writer(io.TextIOBase):
+    """The process's output while some thread keeps its own."""
+
+    def __init__(self, shown: Any):
+        self.shown = shown
+        self.kept: dict[int, list[io.StringIO]] = {}
+
+    def write(self, text: str) -> int:
+        """Keep the text, or show it."""
+        kept = self.kept.get(threading.get_ident())
+        return (kept[-1] if kept else self.shown).write(text)
+
+    def flush(self) -> None:
+        """Show what was not yet."""
+        self.shown.flush()
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(filename: str, text: str) -> list[ast.stmt]:
+    """The statements of a file, none where it is no Python, as a notebook's cell with magic."""
+    with contextlib.suppress(SyntaxError):
+        found = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt))
+        return sorted(found, key=lambda node: node.lineno)
+    return []
 
 
 def _source(code: CodeType, line: int) -> str:

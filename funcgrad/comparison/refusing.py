@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from ..recording import Node
-from ..transforms import _jax
+from ..transforms.errors import FuncgradError
+from .noticing import is_users
 
 # error of JAX's -> what Python asked of a traced value, and what to write instead
 _HINTS: dict[type[Exception], tuple[str, str]] = {
@@ -25,11 +26,11 @@ _HINTS: dict[type[Exception], tuple[str, str]] = {
     jax.errors.TracerArrayConversionError: ("a NumPy array", "the function of jax.numpy in the place of NumPy's"),
     jax.errors.NonConcreteBooleanIndexError: (
         "as many elements as a mask has",
-        "jnp.where(mask, x, 0), or jnp.nonzero(mask, size=...) for a fixed number of them",
+        "jnp.where(mask, x, 0), or size= for a fixed number of them, as in jnp.nonzero(mask, size=8)",
     ),
     jax.errors.ConcretizationTypeError: (
         "a number",
-        "keep it an array, as in x.astype(float); or name the argument that it comes from in static_argnames",
+        "keep it an array, as in x.astype(float); where it is a length, size= or an argument named in static_argnames",
     ),
 }
 
@@ -42,7 +43,7 @@ class Refusal:
       error: the name of JAX's exception.
       line: the user's line, as "model.py:41 (attention)"; source: what stands there.
       asked: what Python asked for.
-      value: the latest value that this line computed when the function ran eagerly, as text; "" if there is none.
+      value: the single number that this line computed last when the function ran eagerly, as text; "" if there is none.
       instead: what to write.
     """
 
@@ -55,17 +56,23 @@ class Refusal:
 
     def __str__(self) -> str:
         seen = f" (eagerly, {self.value})" if self.value else ""
-        return f"{self.error} at {self.line}\n  {self.source}\n  Python asks for {self.asked}{seen}\n  instead: {self.instead}"
+        where = f" at {self.line}\n  {self.source}" if self.line else ""
+        return f"{self.error}{where}\n  Python asks for {self.asked}{seen}\n  instead: {self.instead}"
 
 
-def refusal(error: Exception, nodes: Sequence[Node]) -> Refusal | None:
-    """Explain why tracing failed; None for an error that tracing has no part in."""
-    known = next((pair for kind, pair in _HINTS.items() if isinstance(error, kind)), None)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _jax.is_user_file(f.filename)]
-    if known is None or not frames:
-        return None
-    line = f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].name})"
+def refusal(error: Exception, nodes: Sequence[Node]) -> Refusal:
+    """Explain why tracing failed where the eager run did not."""
+    lines = str(error).splitlines() or [""]
+    instead = (
+        lines[-1].removeprefix("  try").strip() if isinstance(error, FuncgradError) else f"what does not: {lines[0]}"
+    )
+    general = "what it has only when it runs", instead
+    asked, instead = next((pair for kind, pair in _HINTS.items() if isinstance(error, kind)), general)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    line = f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].name})" if frames else ""
     place = line.rpartition(" ")[0]
-    values = [x for node in nodes if (node.line or "").rpartition(" ")[0] == place for x in node.outputs]
-    value = np.array2string(np.asarray(values[-1]), threshold=8, precision=4) if values else ""
-    return Refusal(type(error).__name__, line, frames[-1].line or "", known[0], value, known[1])
+    there = (node for node in nodes if place and (node.line or "").rpartition(" ")[0] == place)
+    kind = np.integer if isinstance(error, jax.errors.TracerIntegerConversionError) else np.generic
+    numbers = [x for node in there for x in node.outputs if x.size == 1 and jax.dtypes.issubdtype(x.dtype, kind)]
+    value = np.array2string(np.asarray(numbers[-1]), precision=4) if numbers else ""
+    return Refusal(type(error).__name__, line, (frames[-1].line or "") if frames else "", asked, value, instead)

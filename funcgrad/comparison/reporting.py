@@ -19,6 +19,7 @@ from .noticing import Noticed
 from .refusing import Refusal
 
 SHOWN = 12  # rows of a section
+LEAST_GAIN = 0.95  # of the eager time: what is less than this is so by more than chance
 
 
 class Section(NamedTuple):
@@ -48,7 +49,7 @@ class Times:
     @property
     def pays_after(self) -> int | None:
         """After how many calls tracing and compiling has paid; None for never."""
-        if self.first_s is None or self.compiled_s is None or self.compiled_s >= self.eager_s:
+        if self.first_s is None or self.compiled_s is None or self.compiled_s >= LEAST_GAIN * self.eager_s:
             return None
         return math.ceil((self.first_s - self.compiled_s) / (self.eager_s - self.compiled_s))
 
@@ -132,7 +133,9 @@ class Study:
             found.append(Section("cannot be traced", [[line] for line in str(self.refusal).splitlines()]))
         else:
             calls = (
-                f"after {t.pays_after:,} calls" if t.pays_after is not None else "never: a compiled call is no faster"
+                f"after {t.pays_after:,} call{'s' * (t.pays_after != 1)}"
+                if t.pays_after is not None
+                else "never: a compiled call is no faster"
             )
             found.append(Section("compiling pays", [[calls]]))
             found.append(Section("values", [[self._values()]]))
@@ -143,7 +146,8 @@ class Study:
                 "burned in", [[c.name or "(without a name)", c.type, bytes_in_words(c.bytes)] for c in self.constants]
             )
         )
-        found.append(Section("made for", [[text] for text in self.fixed]))
+        more = [[f"… and {len(self.fixed) - SHOWN} more"]] if len(self.fixed) > SHOWN else []
+        found.append(Section("made for", [*([text] for text in self.fixed[:SHOWN]), *more]))
         found.append(Section("traced", [[text] for text in self.retraces]))
         if k:
             found.append(Section("kernels", [[line] for line in k.text(lines=SHOWN).splitlines()]))

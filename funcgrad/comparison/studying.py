@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import functools
+import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,14 +20,14 @@ from ..transforms import _jax, layouts
 from ..transforms.arguments import argument_names, described, name_of, without_static
 from ..transforms.compilation import jit
 from ..transforms.costs.operations import nbytes
-from ..transforms.errors import ArgumentError
+from ..transforms.errors import ArgumentError, OptionError
 from ..transforms.graph import Graph, trace, walk
 from ..transforms.kernels import compiled
-from .noticing import noticing
+from .noticing import noticing, silent
 from .refusing import refusal
 from .reporting import Comparison, Constant, Difference, Study, Times
 
-WITHIN_S = 0.5  # that calls of each kind are timed
+WITHIN_S, CALLS = 0.5, 100  # calls of each kind are timed within so long, and at most so many
 
 
 def study(
@@ -40,7 +41,8 @@ def study(
 ) -> Study:
     """Tracing beside eager execution: what each does with a function, in one report.
 
-    Runs `f` eagerly on a tape, traces it, compiles it and times each. So `f` runs several times; what it prints is kept.
+    Traces `f`, runs it eagerly on a tape, compiles it, and times each way within half a second, up to 100 calls. Each call has
+    copies of the arguments; what else `f` changes, it changes as often. What it prints is kept.
 
     Args:
       f: a function of pytrees of arrays.
@@ -50,7 +52,7 @@ def study(
     Returns:
       Study: its text is the report; also in notebooks, as HTML by `.save(path)`, and as `.dict()`.
     Raises:
-      Whatever `f` raises when it runs eagerly. If it cannot be traced, the study says why.
+      Whatever `f` raises when it runs eagerly. If it cannot be traced, the study says why. OptionError: `others` are no tuples.
 
     >>> def f(x):
     ...     for _ in range(3):
@@ -62,48 +64,55 @@ def study(
     """
     if not callable(f):
         raise ArgumentError(f"study takes a function, and got {type(f).__name__}.", inputs=f"{f!r:.60}")
+    if not all(isinstance(other, tuple) for other in others):
+        raise OptionError("study needs others= to be tuples of positional arguments.", hint="others=[(x,), (y,)]")
     options: dict[str, Any] = {"static_argnums": static_argnums, "static_argnames": static_argnames}
-    g, given, named, signature = without_static(f, args, kwargs, **options)
-    with noticing(f) as eager, tape() as t:
-        out = f(*args, **kwargs)
-    eager_s = _seconds(lambda: f(*args, **kwargs))
-    paths, leaves = described(given, named, signature)
-    every = _arguments(f, args, kwargs)
-    static = {name: every[name] for name in every if name not in _arguments(g, given, named)}
-    graph, refused, kernels, difference, times = None, None, None, None, Times(eager_s, None, None)
-    retraces: list[str] = []
-    with noticing(f) as noticed:
+    is_jitted = hasattr(f, "lower") and hasattr(f, "__wrapped__")
+    plain = f.__wrapped__ if is_jitted else f
+    given: Callable[[], tuple] = lambda: _copied((args, kwargs))
+    graph, failed = None, None
+    with noticing(plain) as noticed:
         try:
-            graph = trace(g, *given, **named)
+            some, named = given()
+            g, some, named, signature = without_static(plain, some, named, **options)
+            graph = trace(g, *some, **named)
         except Exception as error:
-            refused = refusal(error, t.nodes)
-            if refused is None:
-                raise
+            failed = error
+    arguments = given()
+    with noticing(plain) as eager, tape() as t:
+        out = _called(plain, arguments)
+    eager_s = _seconds(plain, given)
+    paths, leaves, static = [], [], {}
+    kernels, difference, times = None, None, Times(eager_s, None, None)
+    retraces: list[str] = []
     if graph is not None:
-        kernels = compiled(graph, *given, **named)
-        jitted = jit(f, **options)
-        with contextlib.redirect_stdout(io.StringIO()):
-            start_s = time.perf_counter()
-            result = jax.block_until_ready(jitted(*args, **kwargs))
+        paths, leaves = described(some, named, signature)
+        every, dynamic = (_arguments(h, *a) for h, a in ((plain, (args, kwargs)), (g, (some, named))))
+        static = {name: value for name, value in every.items() if name not in dynamic}
+        kernels = compiled(graph, *some, **named)
+        jitted = f if is_jitted and hasattr(f, "retraces") else jit(_hashable(plain), **options)
+        start_s = time.perf_counter()
+        with silent():
+            result = jax.block_until_ready(_called(jitted, given()))
             first_s = time.perf_counter() - start_s
-            times = Times(eager_s, first_s, _seconds(lambda: jitted(*args, **kwargs)))
+            times = Times(eager_s, first_s, _seconds(jitted, given))
             difference = _difference(out, result, t, graph)
             for other in others:
-                jitted(*other, **kwargs)
+                _called(jitted, _copied((other, kwargs)))
         retraces = [str(entry) for entry in jitted.retraces]
     return Study(
         name=name_of(f),
         noticed=noticed if graph is not None else eager,
         eager_operations=len(t),
         traced_equations=_equations(graph) if graph is not None else None,
-        constants=_constants(f, graph) if graph is not None else (),
+        constants=_constants(plain, graph) if graph is not None else (),
         fixed=tuple(_fixed(paths, leaves, static)),
         retraces=tuple(retraces),
         kernels=kernels,
         eager_peak_bytes=_peak_bytes(t.nodes),
         times=times,
         difference=difference,
-        refusal=refused,
+        refusal=refusal(failed, t.nodes) if failed else None,
         tape=t,
         graph=graph,
     )
@@ -119,21 +128,45 @@ def compare(*studies: Study) -> Comparison:
     >>> print(compare(one, two).rows[0]["function"], len(compare(one, two).rows))
     sin 2
     """
+    if not studies or not all(isinstance(s, Study) for s in studies):
+        raise ArgumentError("compare takes one or more studies.", hint="fg.compare(fg.study(f, x), fg.study(g, x))")
     return Comparison(studies)
 
 
 # ------------------------------------------------------------------------------------------------ what is counted
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    """The least time of a call, of those within half a second."""
+def _copied(arguments: tuple) -> tuple:
+    """Arguments of their own, which may be donated; NumPy's arrays as JAX's, as they are when traced."""
+    copy = lambda x: x.copy() if isinstance(x, jax.Array) else jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    return jax.tree.map(copy, arguments)
+
+
+def _called(f: Callable, arguments: tuple) -> Any:
+    args, kwargs = arguments
+    return f(*args, **kwargs)
+
+
+def _hashable(f: Callable) -> Callable:
+    """`f`, or a function that calls it, where it has no hash, as modules of equinox that hold arrays."""
+    try:
+        hash(f)
+    except TypeError:
+        return functools.wraps(f, updated=())(lambda *args, **kwargs: f(*args, **kwargs))
+    return f
+
+
+def _seconds(f: Callable, given: Callable[[], tuple]) -> float:
+    """The least time of a call, of those within half a second, after one that compiles."""
     times: list[float] = []
-    with contextlib.redirect_stdout(io.StringIO()):
-        while not times or (sum(times) < WITHIN_S and len(times) < 100):
+    with silent():
+        jax.block_until_ready(_called(f, given()))
+        while not times or (sum(times) < WITHIN_S and len(times) < CALLS):
+            arguments = jax.block_until_ready(given())
             start_s = time.perf_counter()
-            jax.block_until_ready(call())
+            jax.block_until_ready(_called(f, arguments))
             times.append(time.perf_counter() - start_s)
-    return min(times[1:] or times)
+    return min(times)
 
 
 def _equations(graph: Graph) -> int:
@@ -158,33 +191,53 @@ def _peak_bytes(nodes: Sequence[Node]) -> int:
 
 
 def _constants(f: Callable, graph: Graph) -> tuple[Constant, ...]:
-    """The arrays that a graph closed over, with the names that the function has for them."""
-    function = getattr(f, "__wrapped__", f)
-    code = getattr(function, "__code__", None)
-    cells = zip(code.co_freevars, function.__closure__ or (), strict=True) if code else ()
-    named = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
-    named |= {
-        name: function.__globals__[name] for name in (code.co_names if code else ()) if name in function.__globals__
-    }
-    names: dict[int, str] = {}
-    for name, value in named.items():
-        with contextlib.suppress(Exception):  # a value of any kind: what is no tree has no leaves to name
-            names |= {id(leaf): name + keystr(path) for path, leaf in tree_leaves_with_path(value)}
-    found = [(c, names.get(id(c), "")) for c in graph.jaxpr.consts]
-    return tuple(Constant(name, jax.typeof(c).str_short(short_dtypes=True), nbytes(jax.typeof(c))) for c, name in found)
+    """The arrays that a graph closed over, at any depth, with the names that the function has for them."""
+    every = [*graph.jaxpr.consts]
+    every += [c for _, eqn in walk(graph) for body in layouts.bodies(eqn) for c in body.jaxpr.consts]
+    arrays = list({id(c): c for c in every if hasattr(c, "shape")}.values())
+    names = [(name, leaf) for name, value in _reachable(f, "", 3) for name, leaf in _arrays(name, value)]
+
+    def name_of(c: Any) -> str:
+        same = (name for name, leaf in names if leaf is c)
+        copies = (name for name, leaf in names if isinstance(leaf, np.ndarray) and np.array_equal(leaf, c))
+        return next(same, "") or next(copies, "")
+
+    sizes = ((c, jax.typeof(c)) for c in arrays)
+    return tuple(Constant(name_of(c), t.str_short(short_dtypes=True), nbytes(t)) for c, t in sizes)
+
+
+def _reachable(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """What a function closes over, is bound to, or has as a global, with the names by which it does."""
+    dotted = lambda attribute: f"{name}.{attribute}" if name else attribute
+    if isinstance(value, functools.partial):
+        found = {f"argument {k}": x for k, x in enumerate(value.args)} | value.keywords | {"": value.func}
+    elif inspect.ismethod(value):
+        found = {"self": value.__self__, "": value.__func__}
+    elif inspect.isfunction(value):
+        closed = inspect.getclosurevars(value)
+        inner = [c for c in value.__code__.co_consts if inspect.iscode(c)]
+        more = {n: value.__globals__[n] for c in inner for n in c.co_names if n in value.__globals__}
+        found = {**closed.globals, **closed.nonlocals, **more}
+    elif hasattr(value, "__dict__") and not inspect.ismodule(value) and not inspect.isclass(value):
+        found = {dotted(n): x for n, x in vars(value).items()}
+    else:
+        found = {}
+    for each, inner in found.items():
+        yield each, inner
+        if depth and not isinstance(inner, jax.Array | np.ndarray):
+            yield from _reachable(inner, each, depth - 1)
+
+
+def _arrays(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    with contextlib.suppress(Exception):  # a value of any kind: what is no tree has no leaves to name
+        for path, leaf in tree_leaves_with_path(value):
+            if isinstance(leaf, jax.Array | np.ndarray):
+                yield name + keystr(path), leaf
 
 
 def _arguments(f: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
     """name -> value of a call."""
     return dict(zip(argument_names(_jax.signature_of(f), len(args)), args, strict=True)) | kwargs
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _fixed(paths: Sequence[str], leaves: Sequence[Any], static: dict[str, Any]) -> list[str]:
@@ -222,8 +275,8 @@ def _gap(eager: Sequence[Any], other: Sequence[Any]) -> float | None:
     """How far values are apart, as a part of the largest; None if by rounding alone."""
     worst = None
     for a, b in zip(eager, other, strict=True):
-        a, b = jnp.asarray(a), jnp.asarray(b)
-        if not jnp.issubdtype(a.dtype, jnp.number) or a.size == 0:
+        a, b = (_numbers(jnp.asarray(v)) for v in (a, b))
+        if a.size == 0:
             continue
         eps = float(jnp.finfo(a.dtype).eps) if jnp.issubdtype(a.dtype, jnp.inexact) else 0.0
         x, y = (np.asarray(v, np.complex128 if jnp.iscomplexobj(v) else np.float64) for v in (a, b))
@@ -234,3 +287,9 @@ def _gap(eager: Sequence[Any], other: Sequence[Any]) -> float | None:
         if gap > 64 * eps and gap > (worst or 0):
             worst = gap
     return worst
+
+
+def _numbers(x: Any) -> Any:
+    """Keys by their data, truth values as numbers."""
+    x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return x.astype(jnp.int8) if x.dtype == bool else x

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
+import sys
+import threading
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -192,3 +197,138 @@ def test_comparisons(studied, tmp_path):
     json.dumps(both.dict())
     assert "branching" in both.save(tmp_path / "both.html").read_text()
     assert repr(both) == "Comparison(unrolled, branching)"
+
+
+# Functions as people have them
+
+
+def test_loops_with_contexts_calls_and_loops_inside():
+    def f(x):
+        for _ in range(3):
+            for _ in range(2):
+                x = x * 2
+        for _ in range(2):
+            with jax.named_scope("a"):
+                x = jnp.sin(x)
+        for _ in range(3):
+            x = jnp.where(
+                x > 0,
+                jnp.sin(x),
+                x,
+            )
+        k = 0
+        while k < 4:
+            k += 1
+        return x
+
+    assert [loop.times for loop in fg.study(f, X).noticed.loops()] == [3, 6, 2, 3, 4]
+
+
+def test_branches_that_are_taken_now_and_then():
+    def f(x):
+        for k in range(3):
+            if k == 1:
+                x = x * 2
+        if x.ndim == 7:
+            x = x * 3
+        return x
+
+    first, second = fg.study(f, X).noticed.branches()
+    assert (first.taken, first.not_taken) == (("x = x * 2", ""), ())
+    assert (second.taken, second.not_taken) == (("",), ("x = x * 3",))
+
+
+def test_jitted_and_donating_functions():
+    big = jnp.ones((50, 50))
+
+    @jax.jit
+    def inner(x):
+        print("inner")
+        return x @ big
+
+    s = fg.study(lambda x: inner(x) + 1, jnp.ones((3, 50)))
+    assert s.noticed.printed == ["inner"]
+    assert [c.bytes for c in s.constants] == [big.nbytes]
+    donating, x = jax.jit(lambda x: jnp.sin(x) * 2, donate_argnums=0), jnp.ones(1000)
+    s = fg.study(donating, x)
+    assert not x.is_deleted()
+    assert s.kernels.memory.alias_bytes in (0, x.nbytes)
+    assert fg.study(jax.jit(lambda x: x), X).times.pays_after is None or s.times.eager_s > 0
+
+
+def test_names_of_what_is_closed_over():
+    w, module = jnp.ones(3), types.SimpleNamespace(w=jnp.ones(3))
+
+    class Model:
+        def __init__(self):
+            self.w = jnp.ones(3)
+
+        def apply(self, x):
+            return x * self.w
+
+        def __call__(self, x):
+            return x * self.w
+
+    table = np.arange(3.0, dtype=np.float32)
+    cases = {
+        "self.w": Model().apply,
+        "w": Model(),
+        "argument 0": functools.partial(lambda w, x: x * w, w),
+        "module.w": lambda x: x * module.w,
+        "table": lambda x: x * table,
+    }
+    for name, f in cases.items():
+        assert [c.name for c in fg.study(f, jnp.ones(3)).constants] == [name]
+
+
+def test_values_of_all_kinds_are_compared():
+    assert fg.study(lambda x: x > np.random.rand(1000), jnp.linspace(0, 1, 1000)).difference is not None
+    assert fg.study(lambda x: jax.random.key(np.random.randint(10**6)), X).difference is not None
+    assert fg.study(lambda x: (x > 0.5, jax.random.key(0)), X).difference is None
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, n: x[:n],
+        lambda x, n: jnp.zeros((n,)) + jnp.sum(x),
+        lambda x, n: x.reshape(n, -1),
+        lambda x, n: jnp.asarray(float(f"{x.sum():.2f}")),
+        lambda x, n: {"sine": jnp.sin}["sine" if n > 0 else "other"](x),
+    ],
+)
+def test_whatever_fails_only_when_it_is_traced_is_explained(f):
+    s = fg.study(f, X, 2)
+    assert s.refusal is not None
+    assert s.refusal.instead
+    assert s.refusal.error in str(s)
+
+
+def test_a_string_among_the_arguments_is_explained():
+    s = fg.study(lambda x, mode: jnp.sin(x) if mode == "sine" else x, X, "sine")
+    assert s.refusal.error == "ArgumentError"
+    assert "static" in str(s)
+
+
+def test_two_studies_in_two_threads(capsys):
+    def slow(x):
+        print("mine")
+        time.sleep(0.02)
+        return x * 2
+
+    before = sys.stdout
+    threads = [threading.Thread(target=fg.study, args=(slow, jnp.ones(3))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.3)
+    for thread in threads:
+        thread.join()
+    print("seen")
+    assert capsys.readouterr().out == "seen\n"
+    sys.stdout = before
+
+
+def test_wrong_uses():
+    assert isinstance(raised_by(lambda: fg.study(jnp.sin, X, others=[X])), fg.OptionError)
+    assert isinstance(raised_by(lambda: fg.compare()), fg.ArgumentError)
+    assert isinstance(raised_by(lambda: fg.compare(jnp.sin)), fg.ArgumentError)
