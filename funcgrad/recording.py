@@ -276,14 +276,8 @@ def tape() -> Iterator[Tape]:
     ['exp', 'sqrt']
     """
     t = Tape()
-    _look_through()
     with _jax.set_current_trace(Recording(_jax.current_trace(), t)):
         yield t
-
-
-@functools.cache
-def _look_through() -> None:
-    _jax.look_through(Recording)
 
 
 class Recording(Watch):

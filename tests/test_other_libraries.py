@@ -397,3 +397,20 @@ def test_an_unrolled_optimizer_is_differentiated(name):
     traced = jaxpr_as_fun(jax.make_jaxpr(lambda w: unrolled(jax, w))(w))
     as_jaxpr = jax.jit(jax.grad(lambda w: traced(w)[0]))(w)
     assert_same_values(got, want if np.array_equal(got, want) else as_jaxpr)
+
+
+def test_variables_of_nnx_may_change_under_a_watching_trace():
+    """flax asks which trace is current before it changes a variable; ours have no values of their own."""
+    norm = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+    run = lambda x: norm(x).sum()
+    for watched in (
+        fg.live(run, fg.Rules("none", {lax.tan_p: lambda eqn, x: x})),
+        lambda x: fg.tap(run, where=fg.op("sub"))(x)[0],
+        lambda x: fg.nan_origin(run, x.at[0, 0].set(jnp.nan)),
+    ):
+        before = norm.mean[...]
+        watched(X)
+        assert not np.array_equal(before, norm.mean[...])
+    with pytest.raises(Exception, match="Cannot mutate"):
+        fg.grad(run)(X)
+    assert norm.mean[...].shape == (6,)

@@ -213,6 +213,11 @@ def of_width(avals: Iterable[Any]) -> AbstractContextManager:
 _WIDE = frozenset(map(np.dtype, ("int64", "uint64", "float64", "complex128")))
 
 
+@functools.cache
+def _look_through() -> None:
+    _jax.look_through(Watch)
+
+
 class Watch(_jax.Trace):
     """A trace without values of its own: it sees what is bound, and hands it on to its parent."""
 
@@ -220,6 +225,7 @@ class Watch(_jax.Trace):
 
     def __init__(self, parent: _jax.Trace):
         super().__init__()
+        _look_through()
         self.parent = parent
         self.requires_low = parent.requires_low
 

@@ -10,6 +10,9 @@ from functools import cached_property
 from html import escape
 from typing import Any
 
+import jax
+import numpy as np
+
 from ..transforms import Graph, cost, walk
 from ..transforms._jax import Literal
 from ..transforms.costs.words import count_in_words
@@ -117,7 +120,7 @@ def diff(before: Graph, after: Graph) -> Diff:
             )
     names = Names(before)
     old = _lines(before, names)
-    known = {after: names.known[v] for v, after in _pairs(before.jaxpr.jaxpr, after.jaxpr.jaxpr) if v in names.known}
+    known = {after: names.known[v] for v, after in _pairs(before.jaxpr, after.jaxpr) if v in names.known}
     new = _lines(after, Names(after, known, names.known.values()))
     lines: list[tuple[str, str]] = []
     for tag, a, b, c, d in _opcodes(old, new):
@@ -135,16 +138,27 @@ def _lines(graph: Graph, names: Names) -> list[str]:
 
 
 def _pairs(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
-    """Variables of two jaxprs that stand in the same place of the same equations."""
-    yield from zip(before.constvars, after.constvars, strict=False)
-    keys = [[_key(eqn) for eqn in jaxpr.eqns] for jaxpr in (before, after)]
-    for tag, a, b, c, _ in _opcodes(*keys):
+    """Variables of two closed jaxprs that stand in the same place of the same equations, or are equal constants."""
+    constants = zip(before.jaxpr.constvars, before.consts, after.jaxpr.constvars, after.consts, strict=False)
+    yield from ((v, w) for v, x, w, y in constants if _are_equal(x, y))
+    old_eqns, new_eqns = before.jaxpr.eqns, after.jaxpr.eqns
+    for tag, a, b, c, _ in _opcodes(list(map(_key, old_eqns)), list(map(_key, new_eqns))):
         for k in range(b - a if tag == "equal" else 0):
-            old, new = before.eqns[a + k], after.eqns[c + k]
+            old, new = old_eqns[a + k], new_eqns[c + k]
             yield from zip(old.outvars, new.outvars, strict=True)
             for one, other in zip(bodies(old), bodies(new), strict=True):
                 yield from zip(one.jaxpr.jaxpr.invars, other.jaxpr.jaxpr.invars, strict=False)
-                yield from _pairs(one.jaxpr.jaxpr, other.jaxpr.jaxpr)
+                yield from _pairs(one.jaxpr, other.jaxpr)
+
+
+def _are_equal(x: Any, y: Any) -> bool:
+    """Whether two constants are the same array, or have the same values."""
+    if x is y or not (hasattr(x, "dtype") and hasattr(y, "dtype")):
+        return x is y
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    values = [jax.random.key_data(v) if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in (x, y)]
+    return np.array_equal(np.asarray(values[0]), np.asarray(values[1]))
 
 
 def _key(eqn: Any) -> Hashable:

@@ -375,3 +375,10 @@ def test_results_are_tables():
     plan = fg.plan(f, jnp.ones((16, 32, 32)), jnp.ones((512, 32)), memory="50%")
     assert "<table>" in plan._repr_html_()
     assert "<table>" in cost.timeline()._repr_html_()
+
+
+def test_constants_are_compared_by_value():
+    w, x = jnp.ones((5, 5)), jnp.ones((3, 5))
+    graph = lambda w: fg.trace(lambda x: x @ w + jax.random.uniform(jax.random.key(0), (5,)), x)
+    assert not fg.diff(graph(w), graph(w + 0))
+    assert fg.diff(graph(w), graph(5 * w))

@@ -287,8 +287,10 @@ def test_what_cannot_be_traced_is_named():
     assert str(e.value) == (
         "loss cannot be traced with params['a'] of type str, which is not an array.\n"
         "  inputs  params['a'] = 'text'\n"
-        "  try     name it static: fg.trace(loss, ..., static_argnames='params')"
+        "  try     close over it, or leave it out: only arrays can stand in params"
     )
+    with pytest.raises(TypeError, match=r"name it static: .*static_argnames='x'"):
+        fg.trace(loss, {}, "text")
     with pytest.raises(TypeError, match="the static argument params of loss is not hashable: dict"):
         fg.trace(loss, {}, X, static_argnums=0)
 
