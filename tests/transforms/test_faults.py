@@ -393,3 +393,13 @@ def test_a_thousand_equations_take_seconds():
     origin = fg.nan_origin(f, *args)
     assert time.process_time() - start < 10
     assert origin.phase == "backward"
+
+
+def test_constants_that_hold_nan_are_the_fault():
+    c = jnp.array([1.0, jnp.nan, 2.0])
+    assert "closes over" in fg.nan_origin(lambda x: x * c, jnp.ones(3)).remedy
+
+
+def test_masks_of_inverse_functions():
+    origin = fg.nan_origin(jax.grad(lambda x: jnp.sum(jnp.where(x < 1, jnp.arccos(x), 0.0))), jnp.array([0.5, 1.0]))
+    assert "jnp.arccos(jnp.where(ok, x, 0.0))" in origin.remedy

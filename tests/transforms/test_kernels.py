@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -222,3 +223,18 @@ def test_kernels_have_equations_and_times():
         assert len(own) >= 0.8 * len(found)
         assert len(known) >= 0.85 * len(found)
         assert seconds(known) >= 0.95 * seconds(found)
+
+
+def test_one_profiler_serves_all_threads_and_the_user(tmp_path):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(fg.compiled(jnp.sin, X))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert all(c.is_measured for c in found)
+    with jax.profiler.trace(str(tmp_path)):
+        c = fg.compiled(jnp.sin, X)
+    assert not c.is_measured
+    assert c.elapsed_s > 0

@@ -16,7 +16,10 @@ _MASKED = {
     "pow": "jnp.where(ok, x, 1.0) ** p",
     "atan2": "jnp.arctan2(y, jnp.where(ok, x, 1.0))",
 }
-_MASKED |= {name: f"f(jnp.where(ok, x, 1.0)) for {name}" for name in ("rsqrt", "cbrt", "log1p", "acos", "asin")}
+_MASKED |= {name: f"{f}(jnp.where(ok, x, 1.0))" for name, f in (("rsqrt", "jax.lax.rsqrt"), ("cbrt", "jnp.cbrt"))}
+_MASKED |= {
+    name: f"jnp.{f}(jnp.where(ok, x, 0.0))" for name, f in (("acos", "arccos"), ("asin", "arcsin"), ("log1p",) * 2)
+}
 _MASKED["integer_pow"] = _MASKED["pow"]
 _SPECTRAL = ("eigh", "svd", "eig", "qr")
 
@@ -27,8 +30,10 @@ def remedy(primitive: str, of: str | None, operands: Sequence[Any], result: Any)
     Args:
       operands: `Elements` that it was made of. result: the element that was made.
     """
+    if any(x.name == "constant" and not np.isfinite(x.values).all() for x in operands if _is_float(x)):
+        return "an array that the function closes over holds it: mend that"
     dtype, is_nan = result.dtype, bool(np.isnan(result.values[0]))
-    numbers = [np.array(x.values) for x in operands if jnp.issubdtype(x.dtype, jnp.inexact)]
+    numbers = [np.array(x.values) for x in operands if _is_float(x)]
     first, last = (numbers[0], numbers[-1]) if numbers else (np.zeros(0), np.zeros(0))
     has = lambda x, test: x.size > 0 and bool(np.any(test(x)))
     is_zero, is_negative = lambda x: x == 0, lambda x: x < 0
@@ -78,3 +83,7 @@ def remedy(primitive: str, of: str | None, operands: Sequence[Any], result: Any)
     if not is_nan and numbers:
         return f"{jnp.dtype(dtype).name} ends at {float(jnp.finfo(dtype).max):.3g}: scale the operands down first"
     return None
+
+
+def _is_float(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.inexact))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 RUNS = 5  # measured
+_lock = threading.Lock()
 
 
 def measured(
@@ -33,10 +35,16 @@ def measured(
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     seconds: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
+    with _lock, tempfile.TemporaryDirectory() as folder:
+        try:
+            jax.profiler.start_trace(folder, profiler_options=options)
+        except RuntimeError:  # there is one profiler in a process, and someone else has it
+            return elapsed_s, {}
+        try:
             for _ in range(RUNS):
                 call()
+        finally:
+            jax.profiler.stop_trace()
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as an error, what its bindings warn of would abort the process
