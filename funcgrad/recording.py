@@ -357,7 +357,8 @@ def _varying(node: Node, varied: tuple[int, ...]) -> tuple[tuple[int, ...], tupl
 
 @functools.lru_cache(maxsize=4096)
 def _varying_of_operation(primitive: Any, params: tuple, avals: tuple, varied: tuple[int, ...]) -> Any:
-    jaxpr = _jax.stage_flat(_Again(primitive, dict(params)), avals, _jax.no_names)
+    again: Any = _Again(primitive, dict(params))
+    jaxpr = _jax.stage_flat(again, avals, _jax.no_names)
     return tuple(k for k in varied if _outputs_of(jaxpr, (k,))), _outputs_of(jaxpr, varied)
 
 

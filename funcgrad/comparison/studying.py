@@ -68,7 +68,7 @@ def study(
         raise OptionError("study needs others= to be tuples of positional arguments.", hint="others=[(x,), (y,)]")
     options: dict[str, Any] = {"static_argnums": static_argnums, "static_argnames": static_argnames}
     is_jitted = hasattr(f, "lower") and hasattr(f, "__wrapped__")
-    plain = f.__wrapped__ if is_jitted else f
+    plain: Callable = getattr(f, "__wrapped__", f) if is_jitted else f  # not what that wraps in turn
     given: Callable[[], tuple] = lambda: _copied((args, kwargs))
     graph, failed = None, None
     with noticing(plain) as noticed:
@@ -82,7 +82,9 @@ def study(
     with noticing(plain) as eager, tape() as t:
         out = _called(plain, arguments)
     eager_s = _seconds(plain, given)
-    paths, leaves, static = [], [], {}
+    paths: list[str] = []
+    leaves: list[Any] = []
+    static: dict[str, Any] = {}
     kernels, difference, times = None, None, Times(eager_s, None, None)
     retraces: list[str] = []
     if graph is not None:

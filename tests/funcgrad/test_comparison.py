@@ -256,6 +256,13 @@ def test_jitted_and_donating_functions():
     assert fg.study(jax.jit(lambda x: x), X).times.pays_after is None or s.times.eager_s > 0
 
 
+def test_a_jitted_gradient_is_studied_as_it_is():
+    s = fg.study(jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(x)))), X)
+    assert "cos" in [str(eqn.primitive) for _, eqn in fg.walk(s.graph)]
+    assert s.difference is None
+    assert "cos" in [str(node.primitive) for node in s.tape.nodes]
+
+
 def test_names_of_what_is_closed_over():
     w, module = jnp.ones(3), types.SimpleNamespace(w=jnp.ones(3))
 
