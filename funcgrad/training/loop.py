@@ -134,9 +134,10 @@ class _Run:
         ours = callable(handler) and threading.current_thread() is threading.main_thread()
 
         def interrupted(number: int, frame: Any) -> None:
-            if self.busy:
+            # What is raised while Python collects garbage is lost: so it is raised once more at the next dispatch.
+            if self.busy or handler is signal.default_int_handler:
                 self.interrupts.append(number)
-            else:
+            if not self.busy:
                 handler(number, frame)
 
         if ours:

@@ -735,6 +735,33 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_keyboard_interrupt_that_garbage_collection_swallows():
+    """JAX has a callback there, and what a callback raises goes nowhere."""
+
+    def collected(phase, info):
+        if phase == "start" and taken == [50]:
+            taken.append(51)
+            signal.raise_signal(signal.SIGINT)
+
+    def batches():
+        for number, batch in enumerate(itertools.cycle(numbers(7))):
+            if number == 50:
+                taken.append(50)
+                gc.collect()
+            yield batch
+
+    taken = []
+    gc.callbacks.append(collected)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(mean, jnp.float32(0), batches(), steps=2000, chunk=1)
+    finally:
+        gc.callbacks.remove(collected)
+    assert taken == [50, 51]
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("chunk", ["auto", 1, 4])
 def test_a_keyboard_interrupt_loses_nothing(chunk):
     running, signalled = threading.Event(), threading.Event()
