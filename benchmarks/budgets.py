@@ -90,7 +90,7 @@ def arrays(args: tuple) -> tuple:
 def run(quick: bool) -> list[dict[str, Any]]:
     if quick:
         make = partial(trainings.lstm, time=12, width=16, batch=8)
-        return list(measured("LSTM, 12 steps", make, (), (0.6,), quick=True))
+        return list(measured("LSTM, 12 steps", make, (), (0.75,), quick=True))
     return [
         row
         for name, (make, sizes, segments) in MODELS.items()

@@ -124,14 +124,16 @@ def measured(
     """A row for each number of steps; both ways, ours first, are traced and compiled once for all of them."""
     rows = []
     inputs = [(*args, np.asarray(steps, np.int32)) for steps in lengths]
-    tracing = interleaved(*(lambda k=k: make()[k].trace(*inputs[0]) for k in (0, 1)), rounds=3 if quick else 9).cpu_s
+    tracing = interleaved(*(lambda k=k: make()[k].trace(*inputs[0]) for k in (0, 1)), rounds=1 if quick else 9).cpu_s
     compiled = [f.lower(*inputs[0]).compile() for f in make()]
     temp = [c.memory_analysis().temp_size_in_bytes for c in compiled]
     for values in inputs:
         ways = [lambda c=c, values=values: jax.block_until_ready(c(*values)) for c in compiled]
         if beside != "first order":
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), *(way() for way in ways))
-        took = interleaved(*ways, rounds=3 if quick else 9, calls=calls_within(0.02, ways[1]), within_s=6).wall_s
+        took = interleaved(
+            *ways, rounds=3 if quick else 9, calls=calls_within(0.002 if quick else 0.02, ways[1]), within_s=6
+        ).wall_s
         rows.append(
             {
                 "body": body.__name__,
