@@ -23,7 +23,7 @@ from jax._src.interpreters import partial_eval as pe
 from jax._src.lax.lax import _convert_element_type
 from jax._src.sharding_impls import UNSPECIFIED as UNSPECIFIED
 from jax._src.util import weakref_lru_cache as weakref_lru_cache
-from jax.sharding import get_abstract_mesh, use_abstract_mesh
+from jax.sharding import get_abstract_mesh
 
 try:
     from jax._src import flattree as flattree  # type: ignore[attr-defined]
@@ -45,6 +45,7 @@ NamedAxisEffect = core.NamedAxisEffect
 jaxpr_as_fun = core.jaxpr_as_fun
 forwarding_rules = pe.forwarding_rules
 constants_of = pe.try_constant_folding
+ManualAxisType = core.ManualAxisType
 current_context = core.current_jaxpr_eqn_context  # the configuration at an equation, as an interned value
 dce_jaxpr = pe.dce_jaxpr
 StagingTrace = pe.DynamicJaxprTrace
@@ -191,38 +192,6 @@ def fitted(value: Any, aval: Any) -> Any:
     if (given.shape, given.dtype) != (aval.shape, aval.dtype):
         return None
     return value if given.weak_type == aval.weak_type and isinstance(value, Array) else cast(value, aval)
-
-
-def unforeseen(values: Sequence[Any]) -> frozenset[str]:
-    """The mesh axes along which some of these values differ, where what is bound was traced outside of the `shard_map`."""
-    return varying(values) if get_abstract_mesh().empty else frozenset()
-
-
-def varying(values: Sequence[Any]) -> frozenset[str]:
-    """The mesh axes along which some of these values differ, inside a `shard_map` that keeps account of them."""
-    return frozenset().union(*(axes_of(core.typeof(v)) for v in values))
-
-
-def axes_of(aval: Any) -> frozenset[str]:
-    """The mesh axes along which values of this type differ."""
-    axes = getattr(aval, "manual_axis_type", None)
-    return axes.varying if axes else frozenset()
-
-
-def mesh_of(values: Sequence[Any]) -> Any:
-    """A context in the mesh that varying values lie on, which an equation traced outside of it does not know."""
-    return use_abstract_mesh(next(core.typeof(v).sharding.mesh for v in values if varying([v])))
-
-
-def vary(value: Any, axes: frozenset[str]) -> Any:
-    """`value`, or a type, as one that differs along all of `axes`."""
-    if isinstance(value, core.ShapedArray) and axes:
-        sharding = value.sharding.update(mesh=get_abstract_mesh())
-        return value.update(sharding=sharding, manual_axis_type=core.ManualAxisType(varying=value.mat.varying | axes))
-    if isinstance(value, core.AbstractValue):
-        return value
-    missing = axes - varying([value])
-    return lax.pcast(value, tuple(sorted(missing)), to="varying") if missing else value
 
 
 def are_repeatable(effects: Any) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
-from . import _jax
+from . import _jax, shards
 from .costs import cost
 from .costs.words import bytes_in_words, bytes_of
 from .errors import BudgetError, OptionError
@@ -107,7 +107,7 @@ def in_chunks(piece: Callable[[Any, int], Any], lanes: int, chunk: int, axes: An
         return written(full, graph(start), start)
 
     whole = lambda a, k: a.shape if k is None else (*a.shape[:k], lanes, *a.shape[k + 1 :])
-    zeros = lambda a, k: _jax.vary(jnp.zeros(whole(a, k), a.dtype), _jax.axes_of(a))
+    zeros = lambda a, k: shards.vary(jnp.zeros(whole(a, k), a.dtype), shards.axes_of(a))
     full = [zeros(a, k) for a, k in zip(graph.out_avals, places, strict=True)]
     count = lanes // chunk if is_effectful else -(-lanes // chunk)
     full = lax.fori_loop(np.int32(0), np.int32(count), step, full)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from . import _jax, layouts
+from . import _jax, layouts, shards
 from .living import FOREIGN, Living, evaluate, run
 from .rules import Rules
 
@@ -23,7 +23,7 @@ from .rules import Rules
 def evaluated(jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
     """The outputs of a graph's jaxpr for values of its types."""
     inner = jaxpr.jaxpr
-    if _jax.varying(values):  # inside a shard_map, whose shards were not there when the graph was traced
+    if shards.varying(values):  # inside a shard_map, whose shards were not there when the graph was traced
         return evaluate(jaxpr, FOREIGN, values)
     is_as_traced = all(map(_has_type, values, inner.invars)) and jax.sharding.get_abstract_mesh().empty
     if is_as_traced and not inner.is_high:

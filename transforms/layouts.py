@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-from . import _jax
+from . import _jax, shards
 
 
 class Body(NamedTuple):
@@ -176,7 +176,7 @@ def is_elided(eqn: Any, values: Sequence[Any], outputs: Sequence[Any]) -> bool:
 
 def zeros(aval: Any) -> jax.Array:
     """Zeros of a type, keys among them."""
-    return _jax.vary(lax.full(aval.shape, 0, aval.dtype), _jax.axes_of(aval))
+    return shards.vary(lax.full(aval.shape, 0, aval.dtype), shards.axes_of(aval))
 
 
 def _out_types(jaxpr: _jax.ClosedJaxpr) -> list[Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from . import _jax, layouts
+from . import _jax, layouts, shards
 from .errors import GraphError
 from .rules import Rule, Rules
 
@@ -64,7 +64,7 @@ def _same(eqn: Any, *values: Any) -> Any:
 
 
 def _varied(eqn: Any, value: Any) -> Any:
-    return _jax.vary(value, frozenset(eqn.params["axes"]))
+    return shards.vary(value, frozenset(eqn.params["axes"]))
 
 
 # For graphs on values of a shard_map that vary where those did not that they were traced for: every operation as it was.
@@ -73,11 +73,13 @@ FOREIGN = Rules("foreign", {_jax.pvary_p: _varied}, default=_same)
 
 def apply(rules: Rules, eqn: Any, values: Sequence[Any]) -> list[Any]:
     """The outputs of one equation: by its rule, with its sub-graphs rewritten, or as it is."""
-    axes = _jax.varying(values) if rules is FOREIGN and eqn.primitive is not _jax.pvary_p else _jax.unforeseen(values)
+    axes = (
+        shards.varying(values) if rules is FOREIGN and eqn.primitive is not _jax.pvary_p else shards.unforeseen(values)
+    )
     if not axes:
         return _apply(rules, eqn, values, axes)
-    with _jax.mesh_of(values):
-        return _apply(rules, eqn, [_jax.vary(v, axes) for v in values], axes)
+    with shards.mesh_of(values):
+        return _apply(rules, eqn, [shards.vary(v, axes) for v in values], axes)
 
 
 def _apply(rules: Rules, eqn: Any, values: Sequence[Any], axes: frozenset[str]) -> list[Any]:
@@ -165,16 +167,16 @@ def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules, axes: frozenset[str], is_i
     opened = memo.get(context)
     if opened is None:
         rewrite = functools.partial(apply, rules)
-        again = lambda *values: [_jax.vary(x, axes) for x in run(inner, values, rewrite, is_inlined)]
+        again = lambda *values: [shards.vary(x, axes) for x in run(inner, values, rewrite, is_inlined)]
         opened = retraced(inner, again, axes)
         if not any(isinstance(c, jax.core.Tracer) for c in opened.consts):
             memo[context] = opened
-    return layouts.Opened(opened.jaxpr, [_jax.vary(c, axes) for c in (*opened.consts, *jaxpr.consts)])
+    return layouts.Opened(opened.jaxpr, [shards.vary(c, axes) for c in (*opened.consts, *jaxpr.consts)])
 
 
 def retraced(inner: _jax.Jaxpr, f: Callable, axes: frozenset[str] = frozenset()) -> layouts.Opened:
     """A sub-graph traced again as `f`, a function of its constants and inputs; what `f` closes over is a leading input."""
-    avals = [_jax.vary(v.aval, axes) for v in (*inner.constvars, *inner.invars)]
+    avals = [shards.vary(v.aval, axes) for v in (*inner.constvars, *inner.invars)]
     return layouts.opened(_jax.stage_flat(f, avals, _jax.names_of(inner)))
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import tree_flatten
 
-from . import _jax, layouts
+from . import _jax, layouts, shards
 from .arguments import name_of
 from .errors import ArgumentError, GraphError, location
 from .graph import Graph
@@ -363,7 +363,7 @@ class _Run(NamedTuple):
         if tree == match.form.tree:
             fitted = [_jax.fitted(x, aval) for x, aval in zip(outputs, avals, strict=True)]
             if all(x is not None for x in fitted):
-                return [_jax.vary(x, _jax.axes_of(aval)) for x, aval in zip(fitted, avals, strict=True)]
+                return [shards.vary(x, shards.axes_of(aval)) for x, aval in zip(fitted, avals, strict=True)]
         short = lambda x: jax.typeof(x).str_short() if hasattr(x, "dtype") else type(x).__name__
         raise GraphError(
             f"the replacement {name_of(self.replacement)} returned {', '.join(map(short, outputs)) or 'nothing'} "

@@ -17,7 +17,7 @@ import numpy as np
 from jax.dtypes import float0
 from jax.tree_util import tree_flatten, tree_unflatten
 
-from .. import _jax, layouts
+from .. import _jax, layouts, shards
 from ..arguments import name_of
 from ..costs.materialised import BACKENDS
 from ..errors import ArgumentError, OptionError, location
@@ -372,7 +372,7 @@ def _check_surroundings(transform: Callable, f: Callable, closed: Any, values: S
     if not all(_jax.is_array(v.aval) for v in (*closed.jaxpr.constvars, *closed.jaxpr.invars)):
         hint = "make the reference inside of the function, and return what it holds"
         raise ArgumentError(f"{verb} takes no references, and closes over none.", at=location(f), hint=hint)
-    axes = {e.name for e in closed.jaxpr.effects if isinstance(e, _jax.NamedAxisEffect)} | _jax.varying(values)
+    axes = {e.name for e in closed.jaxpr.effects if isinstance(e, _jax.NamedAxisEffect)} | shards.varying(values)
     if axes:
         raise OptionError(
             f"{verb} cannot be compiled inside of what maps it over {', '.join(sorted(map(repr, axes)))}.",

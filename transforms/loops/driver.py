@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import _jax, layouts
+from .. import layouts, shards
 from .schedule import advance, merge
 from .sweep import Sweep, call, chosen, merged
 
@@ -46,7 +46,7 @@ class Kept(NamedTuple):
     def avals(cls, sweep: Sweep) -> Kept:
         """The types of all, of a sweep with these x and residuals."""
         c, s = sweep.loops.checkpoints, sweep.loops.residual_steps
-        made = lambda shape, dtype: _jax.vary(jax.core.ShapedArray(shape, np.dtype(dtype)), sweep.axes)
+        made = lambda shape, dtype: shards.vary(jax.core.ShapedArray(shape, np.dtype(dtype)), sweep.axes)
         count, many = made((), np.int32), made((c,), np.int32)
         states = [_stacked(a, c) for a in sweep.avals[1]]
         if s == 1:
@@ -291,12 +291,12 @@ def _lifted(goes: Any, value: Any) -> Any:
 
 
 def _stacked(aval: Any, n: int) -> Any:
-    return _jax.vary(jax.core.ShapedArray((n, *aval.shape), aval.dtype), _jax.axes_of(aval))
+    return shards.vary(jax.core.ShapedArray((n, *aval.shape), aval.dtype), shards.axes_of(aval))
 
 
 def _count(sweep: Sweep, value: Any) -> Any:
     """An int32, or some, to begin with."""
-    return _jax.vary(jnp.asarray(value, jnp.int32), sweep.axes)
+    return shards.vary(jnp.asarray(value, jnp.int32), sweep.axes)
 
 
 def _zeros(avals: Sequence[Any]) -> list[Any]:

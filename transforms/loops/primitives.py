@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import tree_leaves, tree_structure, tree_unflatten
 
-from .. import _jax, layouts
+from .. import _jax, layouts, shards
 from ..living import FOREIGN, evaluate, live
 from ..rules import Rules
 from . import driver
@@ -115,14 +115,14 @@ def _apart(params: dict, values: Sequence[Any]) -> tuple[dict, Sequence[Any]]:
 
     Its counters differ then, and what a step sums over the shards would wait for those that have finished.
     """
-    axes = _jax.axes_of(params["cond_jaxpr"].out_avals[0])
+    axes = shards.axes_of(params["cond_jaxpr"].out_avals[0])
     if not axes:
         return params, values
     jaxprs = {}
     for key in ("cond_jaxpr", "body_jaxpr"):
-        run = lambda *values, j=params[key]: [_jax.vary(x, axes) for x in evaluate(j, FOREIGN, values)]
-        jaxprs[key] = _jax.stage_flat(run, [_jax.vary(a, axes) for a in params[key].in_avals], _jax.no_names)
-    return {**params, **jaxprs}, [_jax.vary(x, axes) for x in values]
+        run = lambda *values, j=params[key]: [shards.vary(x, axes) for x in evaluate(j, FOREIGN, values)]
+        jaxprs[key] = _jax.stage_flat(run, [shards.vary(a, axes) for a in params[key].in_avals], _jax.no_names)
+    return {**params, **jaxprs}, [shards.vary(x, axes) for x in values]
 
 
 def _is_inexact(x: Any) -> bool:

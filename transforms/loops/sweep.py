@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import _jax, layouts
+from .. import _jax, layouts, shards
 from .schedule import Loops
 
 Flag = tuple[bool, ...]
@@ -97,7 +97,7 @@ class Sweep:
     @property
     def axes(self) -> frozenset[str]:
         """The mesh axes along which its counts differ."""
-        return _jax.axes_of(self.cond.out_avals[0])
+        return shards.axes_of(self.cond.out_avals[0])
 
     @functools.cached_property
     def avals(self) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
