@@ -10,20 +10,18 @@ This is the Wengert list of define-by-run systems. Source: R. E. Wengert, A simp
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
+from .pullbacks import Operation, is_float, pulled_back, varying
 from .transforms import _jax, layouts
 from .transforms.errors import ArgumentError, NotScalarError
-from .transforms.gradient import vjp
 from .transforms.graph import Graph, trace
 from .transforms.living import Bound, Watch, refilled, run
 
@@ -100,7 +98,7 @@ class Tape:
         parents = tuple([makers.get(id(x)) for x in values])
         for k, x in enumerate(outputs):
             # A value of its own: what is passed on may have another derivative, and a function may return what it closes over.
-            if isinstance(x, jax.Array) and (not isinstance(run, _Again) or any(x is y for y in values)):
+            if isinstance(x, jax.Array) and (not isinstance(run, Operation) or any(x is y for y in values)):
                 outputs[k] = x = x.copy()
             makers[id(x)] = index, k
         self.nodes.append(
@@ -150,7 +148,7 @@ class Tape:
             raise ArgumentError(what, hint="with fg.tape() as t: loss = f(x); then t.grad(loss, x)")
         paths, tree = tree_flatten_with_path(wrt)
         for path, leaf in paths:
-            if not isinstance(leaf, jax.Array) or not _is_float(leaf):
+            if not isinstance(leaf, jax.Array) or not is_float(leaf):
                 kind = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
                 what = f"tape.grad differentiates with respect to wrt{keystr(path)}, which holds {kind}."
                 raise ArgumentError(what, hint="pass arrays of floats, the very ones that were computed with")
@@ -160,7 +158,7 @@ class Tape:
             given = [cotangents.get((node.index, k)) for k in range(len(node.outputs))]
             if all(c is None for c in given):
                 continue
-            for k, cotangent in zip(varied, _pulled_back(node, varied, given), strict=True):
+            for k, cotangent in zip(varied, pulled_back(node.again, node.inputs, varied, given), strict=True):
                 key = node.parents[k] or id(node.inputs[k])
                 cotangents[key] = cotangent if key not in cotangents else lax.add(cotangents[key], cotangent)
         found = (cotangents.get(key) for key in keys)
@@ -183,9 +181,9 @@ class Tape:
                         f"tape.grad goes through '{node.primitive}' of a reference, which other operations may change."
                     )
                     raise ArgumentError(what, at=node.line, hint="fg.grad of the function differentiates references")
-                varied, varying = _varying(node, varied)
+                varied, outputs = varying(node.again, node.inputs, varied)
                 found += [(node, varied)] if varied else []
-                reached |= {(node.index, k) for k in varying}
+                reached |= {(node.index, k) for k in outputs}
         return found
 
     def graph(self, inputs: Mapping[str, Any] | None = None, outputs: Any = None) -> Graph:
@@ -289,17 +287,14 @@ class Recording(Watch):
         super().__init__(parent)
         self.tape = tape
 
-    def process_primitive(self, primitive, values, params, /):
-        """A primitive is being bound."""
-        if primitive.name in CALLS:
+    def bind(self, primitive, params, values):
+        """Calls are what they call; everything else is computed and kept."""
+        if primitive.name in CALLS and (primitive.name != "jit" or layouts.is_placed_freely(params)):
             eqn = Bound(primitive, params, None)
-            if primitive.name != "jit" or layouts.is_placed_freely(params):
-                body = layouts.bodies(eqn)[0].jaxpr
-                with _jax.set_current_trace(self), self.tape.calling():
-                    return run(body.jaxpr, [*body.consts, *values], _bound, layouts.is_inlined(eqn))
-        with _jax.set_current_trace(self.parent):
-            outputs = self.tape.record(primitive, params, values, _Again(primitive, params))
-        return outputs if primitive.multiple_results else outputs[0]
+            body = layouts.bodies(eqn)[0].jaxpr
+            with _jax.set_current_trace(self), self.tape.calling():
+                return run(body.jaxpr, [*body.consts, *values], _bound, layouts.is_inlined(eqn))
+        return self.tape.record(primitive, params, values, Operation(primitive, params))
 
     def call(self, process, primitive, functions, values, options):
         """A function with its own derivative, or a mapped one, is one operation."""
@@ -318,88 +313,8 @@ class Recording(Watch):
         return refilled(returned, outputs)
 
 
-class _Again(NamedTuple):
-    """A primitive with its parameters, as a function of its operands that returns a list."""
-
-    primitive: Any
-    params: dict[str, Any]
-
-    def __call__(self, *values: Any) -> list[Any]:
-        outputs = self.primitive.bind(*values, **self.params)
-        return list(outputs) if self.primitive.multiple_results else [outputs]
-
-
 def _bound(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return _jax.bind(eqn.primitive, eqn.params, values)
-
-
-def _pulled_back(node: Node, varied: tuple[int, ...], cotangents: Sequence[Any]) -> list[Any]:
-    """The cotangents of some inputs of a node, of those of its outputs; None for one that is zero."""
-    if not isinstance(node.again, _Again):
-        return _pull_back(node.again, varied, node.inputs, cotangents)
-    try:
-        compiled = (_of_operation if node.primitive in _operations() else _of_program)(
-            node.primitive, tuple(node.params.items()), varied
-        )
-    except TypeError:  # parameters without a hash
-        compiled = jax.jit(functools.partial(_pull_back, node.again, varied))
-    return compiled(node.inputs, cotangents)
-
-
-def _varying(node: Node, varied: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Through which of these inputs a node varies, and which of its outputs do."""
-    avals = tuple(map(jax.typeof, node.inputs))
-    if node.primitive in _operations():
-        with suppress(TypeError):  # parameters without a hash
-            return _varying_of_operation(node.primitive, tuple(node.params.items()), avals, varied)
-    return varied, _outputs_of(_jax.stage_flat(node.again, avals, _jax.no_names), varied)
-
-
-@functools.lru_cache(maxsize=4096)
-def _varying_of_operation(primitive: Any, params: tuple, avals: tuple, varied: tuple[int, ...]) -> Any:
-    again: Any = _Again(primitive, dict(params))
-    jaxpr = _jax.stage_flat(again, avals, _jax.no_names)
-    return tuple(k for k in varied if _outputs_of(jaxpr, (k,))), _outputs_of(jaxpr, varied)
-
-
-def _outputs_of(jaxpr: Any, varied: tuple[int, ...]) -> tuple[int, ...]:
-    """The outputs that vary with some inputs: those with tangents."""
-    _, found = _jax.jvp_of(jaxpr, [k in varied for k in range(len(jaxpr.in_avals))], False)
-    return tuple(k for k, is_varying in enumerate(found) if is_varying)
-
-
-def _compiled(primitive: Any, params: tuple, varied: tuple[int, ...]) -> Callable:
-    return jax.jit(functools.partial(_pull_back, _Again(primitive, dict(params)), varied))
-
-
-@functools.cache
-def _operations() -> frozenset[Any]:
-    """JAX's own operations without sub-graphs."""
-    every = (getattr(lax, name) for name in dir(lax) if name.endswith("_p"))
-    return frozenset(p for p in every if not layouts.has_bodies(p))
-
-
-# JAX's own operations hold nothing of the user's; bodies of loops and callbacks do, so few of these are kept.
-_of_operation = functools.lru_cache(maxsize=4096)(_compiled)
-_of_program = functools.lru_cache(maxsize=64)(_compiled)
-
-
-def _pull_back(f: Any, varied: tuple[int, ...], inputs: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-    def of_varied(*some):
-        given = dict(zip(varied, some, strict=True))
-        return f(*(given.get(k, x) for k, x in enumerate(inputs)))
-
-    outputs, pull = vjp(of_varied, *(inputs[k] for k in varied))
-    return pull([_zero(x) if c is None else c for x, c in zip(outputs, cotangents, strict=True)])
-
-
-def _zero(x: Any) -> Any:
-    """The cotangent of a value that nothing depends on."""
-    return lax.full_like(x, 0) if _is_float(x) else np.zeros(x.shape, jax.dtypes.float0)
-
-
-def _is_float(x: Any) -> bool:
-    return jax.dtypes.issubdtype(getattr(jax.typeof(x), "dtype", bool), np.inexact)
 
 
 def _name(index: int, k: int) -> str:

@@ -19,7 +19,7 @@ import jax
 from jax.tree_util import tree_flatten, tree_unflatten
 
 from . import _jax, layouts
-from .living import Bound, Watch, checked, of_width, refilled, run
+from .living import Bound, Watch, checked, of_width, refilled, run, under
 from .selecting import Path, Probe, is_within, joined, maker
 
 
@@ -269,12 +269,7 @@ def _closed_over(jaxprs: Sequence[_jax.ClosedJaxpr]) -> Iterator[Any]:
 
 def watched(f: Callable, frame: Frame) -> Callable:
     """`f`, with each equation that it binds going to the frame."""
-
-    def run_watched(*args, **kwargs):
-        with _jax.take_current_trace() as parent, _jax.set_current_trace(Probing(parent, frame)):
-            return f(*args, **kwargs)
-
-    return run_watched
+    return under(lambda parent: Probing(parent, frame), f)
 
 
 class Probing(Watch):
@@ -286,11 +281,9 @@ class Probing(Watch):
         super().__init__(parent)
         self.frame = frame
 
-    def process_primitive(self, primitive, values, params, /):
-        """A primitive is being bound."""
-        with _jax.set_current_trace(self.parent):
-            outputs = self.frame.apply(Bound(primitive, params, None), values)
-        return outputs if primitive.multiple_results else outputs[0]
+    def bind(self, primitive, params, values):
+        """As the frame does."""
+        return self.frame.apply(Bound(primitive, params, None), values)
 
     def is_eager(self) -> bool:
         """Whether what is bound is computed at once."""

@@ -49,6 +49,7 @@ FUNCTIONAL = frozenset({"custom_jvp_call", "custom_vjp_call", "shard_map"})
 INLINED = frozenset({"composite", "custom_vmap_call"})
 WITH_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 LOOPS = frozenset({"while", "loop"})
+SWEEPS = frozenset({"forward", "sweep", "tangent"})  # ours, differentiated: what runs forward, back, and both
 
 
 def has_bodies(primitive: _jax.Primitive) -> bool:

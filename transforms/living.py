@@ -50,12 +50,17 @@ def live(f: Callable, rules: Rules | Mapping[_jax.Primitive, Rule]) -> Callable:
     if not rules:
         return f
 
-    @functools.wraps(f, updated=())
-    def alive(*args, **kwargs):
-        with _jax.take_current_trace() as parent, _jax.set_current_trace(Living(parent, rules)):
+    return functools.wraps(f, updated=())(under(lambda parent: Living(parent, rules), f))
+
+
+def under(watch: Callable[[_jax.Trace], Watch], f: Callable) -> Callable:
+    """`f`, run under the trace that `watch` makes for the one that is current at a call."""
+
+    def run_under(*args, **kwargs):
+        with _jax.take_current_trace() as parent, _jax.set_current_trace(watch(parent)):
             return f(*args, **kwargs)
 
-    return alive
+    return run_under
 
 
 def _same(eqn: Any, *values: Any) -> Any:
@@ -235,6 +240,16 @@ class Watch(_jax.Trace):
         """Values have no form of ours: the parent's is theirs."""
         return self.parent.stage_value(value)
 
+    def process_primitive(self, primitive, values, params, /):
+        """A primitive is being bound."""
+        with _jax.set_current_trace(self.parent):
+            outputs = self.bind(primitive, params, values)
+        return outputs if primitive.multiple_results else outputs[0]
+
+    def bind(self, primitive: Any, params: dict[str, Any], values: Sequence[Any]) -> list[Any]:
+        """The outputs of a primitive, while the parent is current."""
+        raise NotImplementedError
+
     def call(self, process, primitive, functions, values, options):
         """What holds functions is being bound: itself, then derivative rules. `process(trace, functions, values)` binds it."""
         return process(self.parent, functions, values)
@@ -286,9 +301,11 @@ class Living(Watch):
         is_plain = primitive not in rules.table and not rules.default
         if is_plain and not (layouts.has_bodies(primitive) and touches(rules, Bound(primitive, params, None))):
             return primitive.bind_with_trace(self.parent, values, tuple(map(jax.typeof, values)), params)
-        with _jax.set_current_trace(self.parent):
-            outputs = apply(rules, Bound(primitive, params, _jax.current_source()), values)
-        return outputs if primitive.multiple_results else outputs[0]
+        return super().process_primitive(primitive, values, params)
+
+    def bind(self, primitive, params, values):
+        """By its rule, or with its sub-graphs rewritten."""
+        return apply(self.rules, Bound(primitive, params, _jax.current_source()), values)
 
     def call(self, process, primitive, functions, values, options):
         """Functions and derivative rules run live."""

@@ -22,7 +22,6 @@ from ..selecting import Path, joined
 from .operations import Work, is_view, nbytes, work
 
 CONSTANT, NUMBER = "constant", "number"  # what is closed over, and literals
-SWEEPS = frozenset({"forward", "sweep", "tangent"})  # of `loops.primitives`
 Trips = Callable[[Any, Path], float | None]
 Weights = Callable[[Any, Path, int], Sequence[float] | None]
 
@@ -143,7 +142,7 @@ class Unfolding:
         bodies = [body.jaxpr for body in layouts.bodies(eqn)]
         # What each input of a body is, and what it is at first or is a part of.
         given, wholes = (layouts.fed(eqn, reads), layouts.operands(eqn, reads)) if bodies else ([], [])
-        if name in SWEEPS:
+        if name in layouts.SWEEPS:
             self._sweep(step)
         elif name == "scan":
             self._enter(step, bodies[0], times * eqn.params["length"], given[0], wholes[0])

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from .. import _jax, layouts
-from ..living import Bound, Watch, run
-from ..loops.unrolling import OWN, unrolled
+from ..living import Bound, Watch, run, under
+from ..loops.unrolling import unrolled
 from ..selecting import Path, joined
 from .dependencies import Element, is_inexact, reads
 from .iterations import Iterations
@@ -140,12 +140,7 @@ def called_from(eqn: Any, call: Any) -> Any:
 
 def watched(f: Callable, level: Level) -> Callable:
     """`f`, with each equation that it binds at this level."""
-
-    def run_watched(*args, **kwargs):
-        with _jax.take_current_trace() as parent, _jax.set_current_trace(Noting(parent, level)):
-            return f(*args, **kwargs)
-
-    return run_watched
+    return under(lambda parent: Noting(parent, level), f)
 
 
 class Noting(Watch):
@@ -157,12 +152,9 @@ class Noting(Watch):
         super().__init__(parent)
         self.level = level
 
-    def process_primitive(self, primitive, values, params, /):
-        """A primitive is being bound."""
-        eqn = Bound(primitive, params, _jax.current_source())
-        with _jax.set_current_trace(self.parent):
-            outputs = self.level.apply(eqn, values)
-        return outputs if primitive.multiple_results else outputs[0]
+    def bind(self, primitive, params, values):
+        """As the level does."""
+        return self.level.apply(Bound(primitive, params, _jax.current_source()), values)
 
     def call(self, process, primitive, functions, values, options):
         """A function with derivative rules is what it computes; a `shard_map` is one equation."""
@@ -218,7 +210,7 @@ def entered(note: Note, k: int, index: tuple[int, ...]) -> Spot | None:
         return _inside(note, bodies[0], values, k, index)
     if name == "cond":
         return _inside(note, bodies[min(max(int(values[0]), 0), len(bodies) - 1)], values[1:], k, index)
-    if name in OWN:
+    if name in layouts.SWEEPS:
         return _inside(note, unrolled(eqn, values), values, k, index, "while")
     if name == "scan" or name in layouts.LOOPS:
         return _in_loop(note, k, index)

@@ -177,8 +177,9 @@ def compiled(f: Callable, /, *args: Any, **kwargs: Any) -> Compiled:
         graph = trace(f, *args, **kwargs)
         leaves = jax.tree.leaves((args, kwargs))
     jitted, tags = tagged(graph)
+    lowered = jitted.lower(*leaves)
     start_s = time.perf_counter()
-    executable = jitted.lower(*leaves).compile()
+    executable = lowered.compile()
     compile_s = time.perf_counter() - start_s
     module = parse(executable.as_text())
     elapsed_s: float | None = None

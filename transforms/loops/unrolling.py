@@ -11,11 +11,9 @@ import jax
 from .. import _jax
 from . import driver
 
-OWN = frozenset({"forward", "sweep", "tangent"})
-
 
 def unrolled(eqn: Any, values: Sequence[Any]) -> _jax.ClosedJaxpr:
-    """A graph of the operands of `eqn`, one of `OWN`, with its results; of `forward` only the first, which are the last x."""
+    """A graph of the operands of a sweep (`layouts.SWEEPS`), with its results; of `forward` only the first, the last x."""
     p, name = eqn.params, eqn.primitive.name
     if name == "tangent":
         f: Any = functools.partial(eqn.primitive.impl, **p)
