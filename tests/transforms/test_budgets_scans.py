@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from funcgrad.transforms.budgets import plans, search
 from funcgrad.transforms.budgets.planning import Config, Proposal
+from funcgrad.transforms.budgets.scans import Option
 from funcgrad.transforms.loops import Loops
 from jax import lax
 
@@ -73,6 +74,14 @@ def one_step(w, xs):
 @scan
 def prime(w, xs):
     return jnp.sum(lax.scan(tanh(w), C, xs[:11])[0])
+
+
+@scan
+def prime_and_reverse(w, xs):
+    (h, n), ys = lax.scan(
+        lambda c, x: ((jnp.tanh(c[0] @ w) + x, c[1] + 1), (c[0] * x, c[1])), (C, 0), xs[:11], reverse=True
+    )
+    return jnp.sum(h) + jnp.sum(ys[0] * ys[1][:, None, None]) + n
 
 
 @scan
@@ -214,6 +223,33 @@ def test_options(name):
 @pytest.mark.parametrize("name", SCANS)
 def test_all_options(name):
     assert_all_options(SCANS[name], 20)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [(2,), (3,), (4,), (5, 2), (4, 3), (6, 4), (10, 3)])
+def test_segments_of_any_length(lengths, reverse):
+    """Also such that steps are left over, of all and of a segment."""
+
+    def f(w, xs):
+        c, ys = lax.scan(lambda c, x: (jnp.tanh(c @ w) + x, c * x), C, xs[:11], reverse=reverse)
+        return jnp.sum(c) + jnp.sum(ys * jnp.arange(11.0)[:, None, None])
+
+    planner, values = planner_of(f, (W, XS), argnums=(0, 1))
+    (only,) = planner.scans.values()
+    for saved in (search.everything(only.joint), frozenset()):
+        traced = planner.trace(Config((Option(search.Choice(saved), lengths, 0, 0),), Loops()))
+        made = planner._compiled(Proposal(traced, None, 0.0, 0))
+        assert_close_values(planner.run(made, values), jax.jit(jax.value_and_grad(f, (0, 1)))(W, XS))
+
+
+def test_a_prime_number_of_steps_needs_as_little_as_another():
+    smallest = {}
+    for steps in (199, 200):
+        f = lambda w, xs: jnp.sum(lax.scan(lambda c, x: (jnp.tanh(jnp.tanh(c @ w) @ w) + x, None), xs[0], xs)[0])
+        with pytest.raises(fg.BudgetError) as error:
+            fg.plan(f, jnp.ones((64, 64)) / 64, jnp.ones((steps, 32, 64)), memory=1)
+        smallest[steps] = error.value.smallest
+    assert smallest[199] < 1.1 * smallest[200]
 
 
 def test_scans_have_options():

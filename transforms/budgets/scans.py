@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -92,7 +92,7 @@ class Scan:
             step_bytes = saved_bytes + carry_bytes
             alive = max(outcome.peak - saved_bytes, 0)
             for lengths in _segmentations(length):
-                starts = sum(a // b for a, b in pairwise((length, *lengths)))
+                starts = sum(math.ceil(a / b) for a, b in pairwise((length, *lengths)))
                 size = starts * carry_bytes + (lengths or (length,))[-1] * step_bytes + alive
                 found.append(Option(choice, lengths, size, (len(lengths) * forward_s + outcome.seconds) * length))
         best: list[Option] = []
@@ -163,14 +163,14 @@ class Scan:
     ) -> Any:
         """The carry, the results, and what the backward pass needs: of every step, or the carry where each segment starts."""
         if lengths:
-            size, *inner = lengths
 
-            def segment(carry, xs):
-                after, ys, _ = self._forward(emission, size, tuple(inner), consts, carry, xs)
-                return after, (ys, carry)
+            def segment(count, carry, _, xs):
+                after, ys, _ = self._forward(emission, count, _below(lengths, count), consts, carry, xs)
+                return after, carry, ys
 
-            carry, (ys, kept) = self._scan(segment, carry, _cut(xs, size), length // size)
-            return carry, _joined(ys), kept
+            avals = self.out_avals[self.sizes[1] :]
+            carry, kept, ys = self._by_segments(segment, length, lengths[0], carry, None, xs, avals)
+            return carry, ys, kept
         joint, n_carry = self.joint, self.sizes[1]
         inputs, outvars = joint.inputs[sum(self.is_out) :], joint.outvars[: len(self.out_avals)]
         read_carry = [v in emission.read for v in self._split(inputs)[1]]
@@ -190,19 +190,22 @@ class Scan:
         """From the sums so far of the constants' cotangents and the cotangents of carry and results to those of all inputs."""
         sums, ct_carry, ct_ys = cts
         if lengths:
-            size, inner = lengths[0], lengths[1:]
 
-            def segment(state, given):
-                (sums, ct_carry), (carry, xs, ct_ys) = state, given
+            def segment(count, state, carry, given):
+                (sums, ct_carry), xs, ct_ys = state, given[: len(xs_avals)], given[len(xs_avals) :]
+                inner = _below(lengths, count)
                 with jax.named_scope(AGAIN):
-                    kept = self._forward(emission, size, inner, consts, carry, xs)[2]
+                    kept = self._forward(emission, count, inner, consts, carry, xs)[2]
                 cts = sums, ct_carry, ct_ys
-                sums, ct_carry, ct_xs = self._backward(emission, size, inner, consts, kept, xs, cts)
-                return (sums, ct_carry), ct_xs
+                sums, ct_carry, ct_xs = self._backward(emission, count, inner, consts, kept, xs, cts)
+                return (sums, ct_carry), None, ct_xs
 
-            given = kept, _cut(xs, size), _cut(ct_ys, size)
-            (sums, ct_carry), ct_xs = self._scan(segment, (sums, ct_carry), given, length // size, back=True)
-            return sums, ct_carry, _joined(ct_xs)
+            xs_avals, is_float = self._split(self.avals)[2], self._split(self.is_in)[2]
+            state, avals = (sums, ct_carry), _chosen(xs_avals, is_float)
+            state, _, ct_xs = self._by_segments(
+                segment, length, lengths[0], state, kept, [*xs, *ct_ys], avals, back=True
+            )
+            return *state, ct_xs
         joint, n = self.joint, sum(self.is_out)
         of_cts, inputs, grads = joint.inputs[:n], joint.inputs[n:], joint.outvars[len(self.out_avals) :]
         of_consts, of_carry, of_xs = self._split(inputs)
@@ -224,24 +227,77 @@ class Scan:
     def _scan(self, step: Any, state: Any, given: Any, length: int, *, back: bool = False) -> Any:
         return lax.scan(step, state, given, length=length, reverse=self.eqn.params["reverse"] != back)
 
+    def _by_segments(
+        self,
+        segment: Callable,
+        length: int,
+        size: int,
+        state: Any,
+        kept: Any,
+        xs: Sequence[Any],
+        avals: Sequence[Any],
+        *,
+        back: bool = False,
+    ) -> tuple[Any, Any, list[Any]]:
+        """The last state of `segment(count, state, kept, xs) -> state, kept, ys`, what it keeps of each segment, and all `ys`.
 
+        Where steps are left over, they are the last in the order of time. `avals` are those of a step of `ys`.
+        """
+        count, rest = divmod(length, size)
+        reverse = self.eqn.params["reverse"]
+        if not rest:
+
+            def step(state, given):
+                state, kept, ys = segment(size, state, *given)
+                return state, (kept, ys)
+
+            given = kept, [x.reshape(count, size, *x.shape[1:]) for x in xs]
+            state, (kept, ys) = self._scan(step, state, given, count, back=back)
+            return state, kept, [y.reshape(length, *y.shape[2:]) for y in ys]
+
+        def at(n, start, state, kept):
+            """One segment. It reads a part of `xs`, and writes a part of `ys`: no copy of either is made."""
+            state, ys = state
+            parts = [lax.dynamic_slice_in_dim(x, start, n) for x in xs]
+            state, kept, parts = segment(n, state, kept, parts)
+            ys = [lax.dynamic_update_slice_in_dim(y, part, start, 0) for y, part in zip(ys, parts, strict=True)]
+            return (state, ys), kept
+
+        starts = np.arange(count, dtype=np.int32) * size
+        starts, last = (length - size - starts, 0) if reverse else (starts, count * size)
+        state = state, [lax.full((length, *a.shape), 0, a.dtype) for a in avals]
+        whole, left = kept or (None, None)
+        if back:
+            state, left = at(rest, last, state, left)
+        step = lambda state, given: at(size, given[0], state, given[1])
+        state, whole = lax.scan(step, state, (starts, whole), reverse=back)
+        if not back:
+            state, left = at(rest, last, state, left)
+        (state, ys) = state
+        return state, (whole, left), ys
+
+
+SHORTEST = 4  # steps of a segment that is cut again
 SINGLY = 40  # in a body of so many nodes, each is dropped on its own
 
 
 def _segmentations(length: int) -> Iterator[tuple[int, ...]]:
-    """Lengths of segments: none, divisors in steps of about 1.4, and segments in segments."""
-    divisors = [d for d in range(2, length) if length % d == 0]
-    near = {min(divisors, key=lambda d: abs(math.log(d / aim))) for aim in _powers(length)} if divisors else set()
+    """Lengths of segments: none, those in steps of about 1.4, and segments in segments. Where one is near, a divisor."""
+    sizes = sorted({_near(length, 2 ** (k / 2)) for k in range(2, int(2 * math.log2(length)))})
     yield ()
-    yield from ((d,) for d in sorted(near))
-    for outer in sorted(near):
-        inner = [d for d in near if d < outer and outer % d == 0]
-        if inner:
-            yield outer, min(inner, key=lambda d: abs(d * d - outer))
+    yield from ((size,) for size in sizes)
+    yield from ((size, _near(size, math.sqrt(size))) for size in sizes if size >= SHORTEST)
 
 
-def _powers(length: int) -> list[float]:
-    return [2 ** (k / 2) for k in range(2, int(2 * math.log2(length)))]
+def _near(length: int, aim: float) -> int:
+    """The divisor that is nearest to an aim, or the aim where none is near: then some steps are left over."""
+    divisors = (d for d in range(2, length) if length % d == 0)
+    nearest = min(divisors, key=lambda d: abs(math.log(d / aim)), default=length)
+    return nearest if abs(math.log2(nearest / aim)) <= 1 / 2 else round(aim)
+
+
+def _below(lengths: Sequence[int], length: int) -> tuple[int, ...]:
+    return tuple(d for d in lengths if d < length)
 
 
 def _is_float(aval: Any) -> bool:
@@ -250,11 +306,3 @@ def _is_float(aval: Any) -> bool:
 
 def _chosen(values: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
     return [x for x, flag in zip(values, flags, strict=True) if flag]
-
-
-def _cut(xs: Any, length: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // length, length, *x.shape[1:]), xs)
-
-
-def _joined(xs: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), xs)
