@@ -23,17 +23,20 @@ from .selecting import BACKWARD, Path, joined
 VERSION = 1  # of the schema: changes when a reader of the last one would misread
 
 
-def described(what: Graph | Halves, times: Mapping[str, float] | None = None) -> dict[str, Any]:
+def described(
+    what: Graph | Halves, times: Mapping[str, float] | None = None, kernels: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
     """The data of a Graph, or of both halves of a gradient with the residuals as edges between them.
 
     Args:
       what: the Graph or Halves.
       times: measured seconds of equations, by their names as in "block_0/tanh#0"; in the backward half they start with
         "transpose".
+      kernels: what is to be said of the kernels of equations, by the same names.
     Raises:
-      OptionError: `times` names an equation that is not there. Also a ValueError.
+      OptionError: `times` or `kernels` name an equation that is not there. Also a ValueError.
     """
-    description = _Description(dict(times or {}))
+    description = _Description(dict(times or {}), dict(kernels or {}))
     if isinstance(what, Graph):
         description.graph(what, None, ())
         name = what.name
@@ -44,11 +47,11 @@ def described(what: Graph | Halves, times: Mapping[str, float] | None = None) ->
 
 
 class _Description:
-    def __init__(self, times: dict[str, float]) -> None:
+    def __init__(self, times: dict[str, float], kernels: dict[str, Sequence[str]]) -> None:
         self.nodes: list[dict[str, Any]] = []
         self.values: list[dict[str, Any]] = []
         self.edges: list[dict[str, Any]] = []
-        self.times = times
+        self.times, self.kernels = times, kernels
         self.counts: Counter[str] = Counter()  # of equations of a name
         self.origins: list[tuple[Any, dict[str, Any]]] = []  # what made each equation, in program order
 
@@ -84,9 +87,9 @@ class _Description:
         return known
 
     def finished(self, name: str, kind: str) -> dict[str, Any]:
-        if self.times:
+        if unknown := [*self.times, *self.kernels]:
             raise OptionError(
-                f"times= names equations that {name} does not have: {', '.join(list(self.times)[:5])}.",
+                f"{'times' if self.times else 'kernels'}= names equations that {name} does not have: {', '.join(unknown[:5])}.",
                 hint='equations are named as in "block_0/tanh#0": see "name" in graph.to_json()',
             )
         _link(self.origins)
@@ -137,6 +140,7 @@ class _Description:
             bytes_read=work and work.bytes_read,
             bytes_written=work and work.bytes_written,
             time_s=self.times.pop(name, None),
+            kernels=list(self.kernels.pop(name, ())),
             forward=[],
         )
         self.origins.append(

@@ -29,6 +29,33 @@ class Section(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
+class Report:
+    """What has sections, as text, in notebooks and as a page."""
+
+    def sections(self) -> list[Section]:
+        """The report as titles with rows of cells."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report as one HTML file, which replaces one that is there; its path."""
+        page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(repr(self))}</title>'
+        path = Path(path)
+        path.write_text(f"{page}<body>{self._page()}</body></html>", encoding="utf-8")
+        return path
+
+    def _page(self) -> str:
+        return self._repr_html_()
+
+    def __rich__(self) -> Any:
+        return _rich(self.sections())
+
+    def __str__(self) -> str:
+        return _text(self.sections())
+
+    def _repr_html_(self) -> str:
+        return _html(self.sections())
+
+
 @dataclass(frozen=True)
 class Constant:
     """An array that was burned into the program: its name in the function, "" if it has none, type and bytes."""
@@ -71,7 +98,7 @@ class Difference:
 
 
 @dataclass(frozen=True, repr=False)
-class Study:
+class Study(Report):
     """What eager execution, tracing and compiling do with a function. Its text is the report.
 
     Attributes:
@@ -196,25 +223,12 @@ class Study:
             "refusal": plain(self.refusal),
         }
 
-    def save(self, path: str | Path) -> Path:
-        """Write the report as one HTML file, which replaces one that is there; its path."""
-        return _saved(path, self.name, self._repr_html_())
-
-    def __rich__(self) -> Any:
-        return _rich(self.sections())
-
     def __repr__(self) -> str:
         return f"Study({self.name}: {self.eager_operations} operations, {self.traced_equations} traced)"
 
-    def __str__(self) -> str:
-        return _text(self.sections())
-
-    def _repr_html_(self) -> str:
-        return _html(self.sections())
-
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Report):
     """Studies beside each other, one row for each."""
 
     studies: tuple[Study, ...]
@@ -240,7 +254,7 @@ class Comparison:
         ]
 
     def sections(self) -> list[Section]:
-        """The table, and below it each study's own report."""
+        """The table; the file that `save` writes has each study's own report below it."""
         rows = self.rows
         table = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
         return [Section("", table)]
@@ -249,21 +263,11 @@ class Comparison:
         """Each study as plain Python values, for JSON."""
         return [s.dict() for s in self.studies]
 
-    def save(self, path: str | Path) -> Path:
-        """Write the table and all reports as one HTML file, which replaces one that is there; its path."""
-        return _saved(path, "studies", self._repr_html_() + "".join(s._repr_html_() for s in self.studies))
-
-    def __rich__(self) -> Any:
-        return _rich(self.sections())
+    def _page(self) -> str:
+        return "".join(report._repr_html_() for report in (self, *self.studies))
 
     def __repr__(self) -> str:
         return f"Comparison({', '.join(s.name for s in self.studies)})"
-
-    def __str__(self) -> str:
-        return _text(self.sections())
-
-    def _repr_html_(self) -> str:
-        return _html(self.sections())
 
 
 def _short(line: str) -> str:
@@ -308,10 +312,3 @@ def _html(sections: Sequence[Section]) -> str:
         cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
         parts.append(f"<h3>{html.escape(title)}</h3><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")
     return f'{_STYLE}<div class="fg-report">{"".join(parts)}</div>'
-
-
-def _saved(path: str | Path, title: str, body: str) -> Path:
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><body>{body}</body></html>'
-    path = Path(path)
-    path.write_text(page, encoding="utf-8")
-    return path

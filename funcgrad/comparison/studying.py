@@ -47,7 +47,7 @@ def study(
     Args:
       f: a function of pytrees of arrays.
       *args, **kwargs: its arguments, with values.
-      static_argnums, static_argnames: as in `jax.jit`.
+      static_argnums, static_argnames: as in `jax.jit`; those of a jitted `f` if not given.
       others: further positional arguments, one tuple for each call, to see whether it is traced again, and why.
     Returns:
       Study: its text is the report; also in notebooks, as HTML by `.save(path)`, and as `.dict()`.
@@ -66,9 +66,13 @@ def study(
         raise ArgumentError(f"study takes a function, and got {type(f).__name__}.", inputs=f"{f!r:.60}")
     if not all(isinstance(other, tuple) for other in others):
         raise OptionError("study needs others= to be tuples of positional arguments.", hint="others=[(x,), (y,)]")
+    plain: Callable = f
+    if hasattr(f, "lower") and hasattr(f, "__wrapped__"):  # jitted: what it compiles, not what that wraps in turn
+        plain = f.__wrapped__
+        if isinstance(f, type(jax.jit(abs))) and static_argnums == static_argnames == ():
+            _, _, numbers, static_argnames = _jax.dispatch_of(f)
+            static_argnums = [k for k in numbers if -len(args) <= k < len(args)]
     options: dict[str, Any] = {"static_argnums": static_argnums, "static_argnames": static_argnames}
-    is_jitted = hasattr(f, "lower") and hasattr(f, "__wrapped__")
-    plain: Callable = getattr(f, "__wrapped__", f) if is_jitted else f  # not what that wraps in turn
     given: Callable[[], tuple] = lambda: _copied((args, kwargs))
     graph, failed = None, None
     with noticing(plain) as noticed:
@@ -92,7 +96,7 @@ def study(
         every, dynamic = (_arguments(h, *a) for h, a in ((plain, (args, kwargs)), (g, (some, named))))
         static = {name: value for name, value in every.items() if name not in dynamic}
         kernels = compiled(graph, *some, **named)
-        jitted = f if is_jitted and hasattr(f, "retraces") else jit(_hashable(plain), **options)
+        jitted = jit(_Anew(plain), **options)
         start_s = time.perf_counter()
         with silent():
             result = jax.block_until_ready(_called(jitted, given()))
@@ -149,13 +153,14 @@ def _called(f: Callable, arguments: tuple) -> Any:
     return f(*args, **kwargs)
 
 
-def _hashable(f: Callable) -> Callable:
-    """`f`, or a function that calls it, where it has no hash, as modules of equinox that hold arrays."""
-    try:
-        hash(f)
-    except TypeError:
-        return functools.wraps(f, updated=())(lambda *args, **kwargs: f(*args, **kwargs))
-    return f
+class _Anew:
+    """A function that no cache of JAX has seen, whatever it was called with before; it has a hash."""
+
+    def __init__(self, f: Callable):
+        self.f, self.__name__, self.__signature__ = f, name_of(f), _jax.signature_of(f)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.f(*args, **kwargs)
 
 
 def _seconds(f: Callable, given: Callable[[], tuple]) -> float:

@@ -15,12 +15,18 @@ from string import Template
 from typing import Any
 
 from ..transforms import Graph, Halves
+from ..transforms.costs.words import seconds_in_words
 from ..transforms.description import described
 from ..transforms.errors import ArgumentError
+from ..transforms.kernels import Compiled, Kernel
 
 
 def show(
-    graph: Graph | Halves, path: str | os.PathLike | None = None, *, times: Mapping[str, float] | None = None
+    graph: Graph | Halves,
+    path: str | os.PathLike | None = None,
+    *,
+    kernels: Compiled | None = None,
+    times: Mapping[str, float] | None = None,
 ) -> Path:
     """Write a graph as one HTML file to look at, and give its path.
 
@@ -32,21 +38,26 @@ def show(
       graph: Graph, or Halves as from `fg.halves`.
       path: where to write; what is there is replaced. None writes to a new temporary file, and opens it in the browser if
         Python runs interactively.
-      times: measured seconds of equations by their names, as {"block_0/tanh#0": 2e-6}; adds the colour "time".
-        `fg.compiled(graph, *args).times` are such. `tap` and `Residual.path` name equations in the same way; those of a backward
-        pass start with "transpose".
+      kernels: `fg.compiled(graph, *args)`: each equation says in which kernels it is, and has the colour "time" of theirs.
+      times: measured seconds of equations by their names, as {"block_0/tanh#0": 2e-6}, in place of those of `kernels`. `tap` and
+        `Residual.path` name equations in the same way; those of a backward pass start with "transpose".
     Returns:
       The path of the file.
     Raises:
-      ArgumentError: neither a Graph nor Halves. Also a TypeError.
-      OptionError: `times` names an equation that is not there. Also a ValueError.
+      ArgumentError: neither a Graph nor Halves; `kernels` is no Compiled. Also a TypeError.
+      OptionError: `kernels` or `times` name an equation that is not there. Also a ValueError.
     """
     if not isinstance(graph, Graph | Halves):
         raise ArgumentError(
             f"show takes a Graph or Halves, and got {type(graph).__name__}.",
             hint="fg.show(fg.trace(f, *args)), or fg.show(fg.halves(graph))",
         )
-    text = page(graph, times)
+    if kernels is not None and not isinstance(kernels, Compiled):
+        raise ArgumentError(
+            f"show takes kernels of fg.compiled, and got {type(kernels).__name__}.",
+            hint="fg.show(graph, path, kernels=fg.compiled(graph, *args))",
+        )
+    text = page(graph, kernels, times)
     if path is not None:
         written = Path(path)
         written.write_text(text, encoding="utf-8")
@@ -58,15 +69,23 @@ def show(
     return Path(file.name)
 
 
-def page(graph: Graph | Halves, times: Mapping[str, float] | None = None) -> str:
+def page(graph: Graph | Halves, kernels: Compiled | None = None, times: Mapping[str, float] | None = None) -> str:
     """The text of the HTML file."""
-    data = _with_source(described(graph, times))
+    words = {} if kernels is None else {name: list(map(_in_words, each)) for name, each in kernels.parts.items()}
+    times = kernels.times if times is None and kernels is not None else times
+    data = _with_source(described(graph, times, words))
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     parts = {name: _asset(file) for name, file in _PARTS.items()}
     # In a script, HTML knows no escapes: "<" could end it.
     return Template(_asset("page.html")).substitute(
         parts, title=html.escape(data["name"]), data=text.replace("<", "\\u003c")
     )
+
+
+def _in_words(k: Kernel) -> str:
+    took = "" if k.elapsed_s is None else f", {seconds_in_words(k.elapsed_s)}"
+    others = f", with {len(k.equations) - 1} more" if len(k.equations) > 1 else ""
+    return f"{k.name}: {k.sort}{took}{others}"
 
 
 _PARTS = {"style": "viewer.css", "licence": "dagre.LICENSE", "dagre": "dagre.min.js", "viewer": "viewer.js"}

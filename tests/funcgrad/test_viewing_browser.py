@@ -381,6 +381,16 @@ def test_the_table_holds_the_same_and_sorts(page, path):
     assert all(name.startswith("transpose/out") for name in page.texts("#table tbody tr td:first-child"))
 
 
+def test_a_node_says_in_which_kernels_it_is(page, path):
+    graph = rnn_loss()
+    c = fg.compiled(graph)
+    page.open(graph, path, kernels=c)
+    name, kernels = next(iter(c.parts.items()))
+    page.press("/", name, "\ue007")
+    (shown,) = [text for text in page.texts("#panel p") if text.startswith(f"{kernels[0].name}: ")]
+    assert kernels[0].sort in shown
+
+
 def test_colours_by_time_and_dtype(page, path):
     graph = rnn_loss()
     page.open(graph, path, times={"cell/tanh#0": 3e-6, "cell/add#0": 1e-6})

@@ -157,12 +157,18 @@ def test_times_have_the_names_of_the_equations(name):
     assert all(nodes[key]["primitive"] == key.rpartition("/")[2].partition("#")[0] for key in c.times)
 
 
-def test_times_are_shown_beside_the_graph(tmp_path):
+def test_kernels_are_shown_beside_the_graph(tmp_path):
     graph = fg.trace(jax.grad(layers), W, X)
     c = fg.compiled(graph, W, X)
     assert '"time_s":null' in fg.show(graph, tmp_path / "a.html").read_text()
-    page = fg.show(graph, tmp_path / "b.html", times=c.times).read_text()
+    page = fg.show(graph, tmp_path / "b.html", kernels=c).read_text()
     assert all(f'"time_s":{seconds}' in page for seconds in c.times.values())
+    assert all(f'"{k.name}: {k.sort}' in page for k in c.kernels)
+    assert {id(k) for parts in c.parts.values() for k in parts} == {id(k) for k in c.kernels if k.equations}
+    with pytest.raises(fg.ArgumentError, match="Graph"):
+        fg.show(graph, tmp_path / "c.html", kernels=graph)
+    with pytest.raises(fg.OptionError, match="kernels"):
+        fg.show(fg.trace(jnp.sin, X), tmp_path / "c.html", kernels=fg.compiled(graph))
 
 
 def test_types_are_compiled_and_not_run():

@@ -67,6 +67,11 @@ class Kernel:
     elapsed_s: float | None = None
 
     @property
+    def sort(self) -> str:
+        """Its kind, with the library."""
+        return f"{self.kind} ({self.library})" if self.library else self.kind
+
+    @property
     def scopes(self) -> list[str]:
         """The scopes of its equations, the most frequent first."""
         return [scope for scope, _ in Counter(row.scope for row in self.equations).most_common()]

@@ -46,8 +46,7 @@ class Compiled:
       memory: bytes of arguments, results and temporaries.
       compile_s: how long XLA took, in seconds.
       elapsed_s: the wall time of a call, in seconds; None if it was not run.
-      times: name -> seconds of each equation that was measured, for `fg.show(graph, times=...)`: the time of its kernels, in
-        equal parts for all equations in them.
+      parts: name -> the kernels that hold something of an equation, as `fg.show(graph, kernels=...)` shows them.
     """
 
     name: str
@@ -56,7 +55,7 @@ class Compiled:
     memory: Memory
     compile_s: float
     elapsed_s: float | None
-    times: dict[str, float]
+    parts: dict[str, tuple[Kernel, ...]]
     executable: Any = dataclasses.field(repr=False, compare=False)
 
     def hlo(self) -> str:
@@ -67,6 +66,15 @@ class Compiled:
     def is_measured(self) -> bool:
         """Whether its kernels have times."""
         return any(k.elapsed_s is not None for k in self.kernels)
+
+    @cached_property
+    def times(self) -> dict[str, float]:
+        """name -> seconds of each measured equation: the time of its kernels, in equal parts for all equations in them."""
+        measured = ((name, k) for name, kernels in self.parts.items() for k in kernels if k.elapsed_s is not None)
+        found: dict[str, float] = {}
+        for name, k in measured:
+            found[name] = found.get(name, 0.0) + k.elapsed_s / len(k.equations)
+        return found
 
     def dict(self) -> dict[str, Any]:
         """All of it as plain Python values, for JSON."""
@@ -133,7 +141,7 @@ class Compiled:
                     count_in_words(k.work.flops),
                     bytes_in_words(k.work.bytes),
                     *([f"{share:.0%}" if share is not None else ""] if machine else []),
-                    f"{k.kind} ({k.library})" if k.library else k.kind,
+                    k.sort,
                     _summary(k),
                 ]
             )
@@ -192,10 +200,9 @@ def compiled(f: Callable, /, *args: Any, **kwargs: Any) -> Compiled:
     found = {id(row) for k in kernels for row in k.equations}
     plain = (tag.row for tag in tags if not is_view(tag.row.eqn) and not layouts.bodies(tag.row.eqn))
     vanished = tuple(row for row in plain if id(row) not in found)
-    times: dict[str, float] = {}
+    parts: dict[str, tuple[Kernel, ...]] = {}
     names = {id(tag.row): tag.name for tag in tags}
     for k in kernels:
-        if k.elapsed_s is not None:
-            for row in k.equations:
-                times[names[id(row)]] = times.get(names[id(row)], 0.0) + k.elapsed_s / len(k.equations)
-    return Compiled(graph.name, tuple(kernels), vanished, Memory(*sizes), compile_s, elapsed_s, times, executable)
+        for row in k.equations:
+            parts[names[id(row)]] = (*parts.get(names[id(row)], ()), k)
+    return Compiled(graph.name, tuple(kernels), vanished, Memory(*sizes), compile_s, elapsed_s, parts, executable)

@@ -737,6 +737,7 @@ function details(node) {
   parts.push(`<dl>${rows.join("")}</dl>`);
   if (unused) parts.push("<p>Costs nothing: a view, or nothing that any output needs.</p>");
   const forward = (node.forward ?? []).map((id) => nodes[id]);
+  if (node.kernels?.length) parts.push(`<h3>Kernels</h3>${node.kernels.map((k) => `<p>${escaped(k)}</p>`).join("")}`);
   if (forward.length) parts.push(`<h3>Derivative of</h3>${forward.slice(0, 12).map(link).join("")}`);
   if (node.made.length) parts.push(`<h3>Makes</h3>${node.made.map(valueLink).join("")}`);
   if (node.to.length) parts.push(`<h3>Reads</h3>${valuesOf(node.to).map(valueLink).join("")}`);
