@@ -8,6 +8,7 @@ begin with the stage before the one before it has ended.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -38,23 +39,28 @@ class Emission:
         reads = self._ordered(self._read_by(joint.eqns[joint.split :]) | self.late, saved)
         self.read = self._read_by([*joint.eqns[joint.split :], *reads]) | self.late
         self.saved = [v for v in saved if v in self.read]  # of nodes with several results only those that are read
+        self.results = [v for v in variables(joint.outvars) if v not in self.made and v not in self.late]
 
     def whole(self, values: Sequence[Any]) -> list[Any]:
         """The outputs for all inputs."""
         env = dict(zip(self.joint.inputs, values, strict=True))
-        self.forward(env, [v for v in variables(self.joint.outvars) if v not in self.made])
+        self.forward(env)
         env |= self.backward({v: env[v] for v in (*self.joint.inputs, *self.saved)})
         return [read(env, v) for v in self.joint.outvars]
 
-    def forward(self, env: dict[Any, Any], outvars: Sequence[Any]) -> None:
-        """Add to the inputs in `env` these outputs, and what is saved."""
-        with_effects = [eqn for eqn in self.joint.eqns[: self.joint.split] if eqn.effects]
-        for eqn in self._ordered([*variables(outvars), *self.saved], env, with_effects):
+    def forward(self, env: dict[Any, Any]) -> None:
+        """Add to the inputs in `env` the results, and what is saved."""
+        for eqn in self._forward():
             _bind(eqn, env)
+
+    def _forward(self) -> list[Any]:
+        with_effects = [eqn for eqn in self.joint.eqns[: self.joint.split] if eqn.effects]
+        return self._ordered([*self.results, *self.saved], {*self.joint.inputs}, with_effects)
 
     def backward(self, known: dict[Any, Any]) -> dict[Any, Any]:
         """What the backward part makes of the inputs that it reads, cotangents among them, and what is saved."""
         made: dict[Any, Any] = {}
+        done = {id(eqn) for eqn in self._forward()}
         last = {v: k for k, eqn in enumerate(self.joint.eqns[self.joint.split :]) for v in variables(eqn.invars)}
         for stage in self.joint.stages:
             eqns = self.joint.eqns[self.joint.split + stage.start : self.joint.split + stage.stop]
@@ -69,9 +75,10 @@ class Emission:
                 for v, x in zip(tied, values, strict=True):
                     (made if v in made else known)[v] = x
                 env = dict(known)
-                with jax.named_scope(AGAIN):
-                    for eqn in again:
+                for eqn in again:
+                    with jax.named_scope(AGAIN) if id(eqn) in done else nullcontext():
                         _bind(eqn, env)
+                done.update(map(id, again))
                 known.update((v, env[v]) for eqn in again for v in eqn.outvars if v in self.held)
             env |= made
             for eqn in eqns:

@@ -11,6 +11,7 @@ readers. Which nodes are kept for the backward part, and which are computed agai
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,10 +21,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from .. import _jax, layouts
-from ..costs.materialised import Backend, materialised, temp_bytes
+from ..costs.materialised import Backend, copied_bytes, materialised, temp_bytes
 from ..costs.operations import Work, nbytes
 from ..costs.steps import Unfolding, Value, total
 from ..living import run
+from .nominal import Nominal
 
 SEAM = "funcgrad.cotangent"  # where the backward part begins
 
@@ -35,16 +37,6 @@ def seam(x: Any) -> Any:
 
 
 seam.defvjp(lambda x: (x, None), lambda _, cotangent: (checkpoint_name(cotangent, SEAM),))
-
-
-# A nominal machine: what is computed again is weighed by it, so that a plan does not depend on a measurement.
-FLOPS_PER_S, TRANSCENDENTALS_PER_S, BYTES_PER_S = 6e10, 6e9, 1e10
-
-
-def seconds(work: Work) -> float:
-    """The roofline of the nominal machine, transcendentals counted."""
-    compute = work.flops / FLOPS_PER_S + work.transcendentals / TRANSCENDENTALS_PER_S
-    return max(compute, work.bytes / BYTES_PER_S)
 
 
 MOST_STAGES = 32  # a stage that reads a larger part of what the backward part reads is cut
@@ -72,6 +64,14 @@ class Node(NamedTuple):
     kind: Any
 
 
+class Result(NamedTuple):
+    """One of several results of a node: its bytes, the nodes that read it, and whether the backward part does."""
+
+    bytes: int
+    readers: set[int]
+    is_read_back: bool
+
+
 class Stage(NamedTuple):
     """Equations `start` to `stop` of the backward part, and of each node that they read the last place where they do."""
 
@@ -86,14 +86,16 @@ class Joint:
     Attributes:
       inputs, outvars: variables of the program; what it closes over is among the inputs.
       eqns: its equations, the `split` ones of the forward part first.
-      nodes: of the forward part, in program order; `node_of` a variable, `sources` the nodes that a variable is computed from.
+      nodes: of the forward part, in program order; `node_of` a variable, `sources` the results of nodes that a variable is
+        computed from, itself if it is one.
+      results: of nodes with several.
       stages: of the backward part.
       forward_bytes: what is alive at each node of the forward part, if nothing is kept.
       backward_bytes: what the backward part itself has alive at each of its equations.
     """
 
-    def __init__(self, jaxpr: _jax.Jaxpr, backend: Backend, *, are_results_free: bool = True):
-        self.jaxpr, self.inputs, self.outvars = jaxpr, list(jaxpr.invars), list(jaxpr.outvars)
+    def __init__(self, jaxpr: _jax.Jaxpr, backend: Backend, machine: Nominal, *, are_results_free: bool = True):
+        self.machine, self.jaxpr, self.inputs, self.outvars = machine, jaxpr, list(jaxpr.invars), list(jaxpr.outvars)
         forward: list[Any] = []
         backward: list[Any] = []
         reached: set[Any] = set()
@@ -120,25 +122,35 @@ class Joint:
             if eqn.effects or any(v in needed for v in eqn.outvars):
                 needed.update(_read(eqn))
         self.nodes: list[Node] = []
+        machine = self.machine
         self.node_of: dict[Any, int] = {}
-        self.sources: dict[Any, tuple[int, ...]] = dict.fromkeys(self.inputs, ())
+        self.sources: dict[Any, tuple[Any, ...]] = dict.fromkeys(self.inputs, ())
+        readers: dict[Any, set[int]] = defaultdict(set)
         drawn: dict[Any, float] = {}  # seconds of what is computed where it is read
         for at, eqn in enumerate(self.eqns[: self.split]):
             sources = self._sources_of(eqn)
+            results = {v: (v,) for v in eqn.outvars}
             inside = sum(drawn.get(v, 0.0) for v in _read(eqn))
             if id(eqn) in has_memory or eqn.effects:
                 size = sum(nbytes(v.aval) for v in eqn.outvars if v not in free)
                 is_run = bool(eqn.effects) or any(v in needed for v in eqn.outvars)
                 is_pinned = bool(eqn.effects) or any(v in free for v in eqn.outvars)
                 kind = eqn.primitive.name, *(v.aval.str_short() for v in (*eqn.outvars, *eqn.invars))
-                node = Node(at, size, seconds(works[at]) + inside, sources, is_run, is_pinned, kind)
-                sources = (len(self.nodes),)
+                read = tuple(dict.fromkeys(self.node_of[v] for v in sources))
+                for v in sources:
+                    readers[v].add(len(self.nodes))
                 self.node_of.update((v, len(self.nodes)) for v in eqn.outvars)
-                self.nodes.append(node)
+                self.nodes.append(Node(at, size, machine.seconds(works[at]) + inside, read, is_run, is_pinned, kind))
             else:
+                results = dict.fromkeys(eqn.outvars, sources)
                 fused = dataclasses.replace(works[at], bytes_read=0, bytes_written=0)
-                drawn.update((v, inside + seconds(fused)) for v in eqn.outvars)
-            self.sources.update((v, sources) for v in eqn.outvars)
+                drawn.update((v, inside + machine.seconds(fused)) for v in eqn.outvars)
+            self.sources.update(results)
+        read_back = {v for eqn in self.eqns[self.split :] for v in self._sources_of(eqn)}
+        self.results: dict[int, list[Result]] = defaultdict(list)
+        for v, k in self.node_of.items():
+            if len(self.eqns[self.nodes[k].at].outvars) > 1 and v not in free:
+                self.results[k].append(Result(nbytes(v.aval), readers[v], v in read_back))
         last = list(range(len(self.nodes)))
         for k, node in enumerate(self.nodes):
             for s in node.sources:
@@ -151,8 +163,11 @@ class Joint:
             alive[last[k] + 1] -= node.bytes * node.is_run
         self.last_forward, self.forward_bytes = last, np.cumsum(alive[:-1])
 
-    def _sources_of(self, eqn: Any) -> tuple[int, ...]:
+    def _sources_of(self, eqn: Any) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(s for v in _read(eqn) for s in self.sources.get(v, ())))
+
+    def _nodes_of(self, eqn: Any) -> Iterator[int]:
+        return (self.node_of[v] for v in self._sources_of(eqn))
 
     def _make_stages(self, outputs: set[Any], has_memory: set[int]) -> None:
         """Cut the backward part where the fewest bytes are handed on: of cotangents, and of nodes that are read on both sides."""
@@ -181,7 +196,7 @@ class Joint:
         final: dict[int, int] = {}
         read_bytes = np.zeros(len(backward), np.int64)  # of nodes, where each is read first
         for k, eqn in enumerate(backward):
-            for s in self._sources_of(eqn):
+            for s in self._nodes_of(eqn):
                 first.setdefault(s, k)
                 final[s] = k
         for s, k in first.items():
@@ -194,7 +209,7 @@ class Joint:
         cuts = sorted({p for a, b in pairwise(cuts) for p in (a, *_halved(a, b, crossing, read_before))})
         self.stages: list[Stage] = []
         for start, stop in pairwise([*cuts, len(backward)]):
-            reads = {s: k for k in range(start, stop) for s in self._sources_of(backward[k])}
+            reads = {s: k for k in range(start, stop) for s in self._nodes_of(backward[k])}
             self.stages.append(Stage(start, stop, reads))
 
 
@@ -261,12 +276,12 @@ def _unfolding() -> Unfolding:
 
 
 def _work(eqn: Any, backend: Backend) -> tuple[Work, int]:
-    """The work of an equation, and the bytes that its bodies need inside."""
+    """The work of an equation, and the bytes that it needs inside: those of its bodies, and of copies of its operands."""
     read = _read(eqn)
     steps, results = _unfolding().unfolded(
         _Alone([eqn], read, outvars=eqn.outvars), [_argument(v) for v in read], (), 1
     )
-    inside = temp_bytes(steps, results, backend) if layouts.has_bodies(eqn.primitive) else 0
+    inside = temp_bytes(steps, results, backend) if layouts.has_bodies(eqn.primitive) else copied_bytes(eqn)
     return total(steps), inside
 
 

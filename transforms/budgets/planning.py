@@ -26,6 +26,7 @@ from ..loops import Loops
 from ..loops import rules as reversible
 from .emission import Emission
 from .joint import Joint, flattened, seam
+from .nominal import NOMINAL
 from .scans import Option, Scan
 from .search import TINY_S, Choice, Search, everything
 
@@ -33,6 +34,7 @@ COMPILES = 4  # for a new budget
 PROPOSALS = 10  # most of which are known
 FAR, MISSED = 0.05, 0.985  # of a budget: what counts as badly simulated; what is aimed at after a miss
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
+MOST = 1.1  # of a budget, what is aimed at: a program may take less than simulated
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
 
 
@@ -78,7 +80,7 @@ class Traced:
 
 
 class Proposal(NamedTuple):
-    """What may be compiled, with the seconds of what is computed again and the bytes, as simulated; see `Candidate`."""
+    """What may be compiled, with its seconds and bytes as simulated; see `Candidate`."""
 
     traced: Traced
     choice: Choice | None
@@ -92,7 +94,7 @@ class Candidate:
 
     Attributes:
       traced, choice: what is computed again; without a choice, nothing.
-      seconds: of what is computed again, on the nominal machine.
+      seconds: of what is computed again, and to have the memory, on the nominal machine.
       predicted_bytes, bytes: of its temporaries, as simulated and of the compiled program.
       program: the jitted function of the joint's inputs.
     """
@@ -140,7 +142,8 @@ class Planner:
         (self.primal_tree,) = outputs
         self.consts, self.flat = list(closed.consts), flattened(closed)
         self.shardings = [*map(placed, self.consts), *map(placed, values)]
-        self.backend = BACKENDS.get(jax.default_backend(), BACKENDS["gpu"])
+        platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
+        self.backend, self.machine = BACKENDS[platform], NOMINAL[platform]
         self.traced: dict[Config, Traced] = {}
         self.candidates: list[Candidate] = []
         self.answers: dict[float, Candidate | None] = {}
@@ -152,8 +155,8 @@ class Planner:
         """The scans of the function, by their places, with what can be chosen for each."""
         found = {k: eqn for k, eqn in enumerate(self.flat.eqns) if eqn.primitive.name == "scan" and not eqn.effects}
         plain = {k: eqn for k, eqn in found.items() if not _has_loops(eqn.params["jaxpr"].jaxpr)}
-        scans = {k: Scan(eqn, self.backend) for k, eqn in plain.items() if eqn.params["length"] > 1}
-        return {k: scan for k, scan in scans.items() if len(scan.options) > 1}
+        scans = {k: Scan(eqn, self.backend, self.machine) for k, eqn in plain.items() if eqn.params["length"] > 1}
+        return {k: scan for k, scan in scans.items() if len(scan.options) > 1 or scan.options[0] != scan.default}
 
     @cached_property
     def has_loops(self) -> bool:
@@ -194,7 +197,7 @@ class Planner:
                 return [x for x, ok in zip(leaves, is_array, strict=True) if ok]
 
             closed = _jax.stage_flat(flat, [v.aval for v in self.flat.invars], _jax.no_names)
-            joint = Joint(flattened(closed), self.backend)
+            joint = Joint(flattened(closed), self.backend, self.machine)
             self.traced[config] = Traced(config, joint, list(closed.consts), Search(joint), *results)
         return self.traced[config]
 
@@ -202,8 +205,9 @@ class Planner:
     def default(self) -> Candidate:
         """The program that computes nothing again but what the function itself says."""
         traced = self.trace(Config((), self.loops or Loops()))
-        predicted = traced.search.simulate(Choice(everything(traced.joint)), 0).peak
-        return self._compiled(Proposal(traced, None, 0.0, predicted))
+        outcome = traced.search.simulate(Choice(everything(traced.joint)), 0)
+        kept_s = sum(scan.default.seconds for scan in self.scans.values())
+        return self._compiled(Proposal(traced, None, kept_s + outcome.seconds, outcome.peak))
 
     def _compiled(self, proposal: Proposal) -> Candidate:
         traced, choice, seconds, predicted = proposal
@@ -240,33 +244,47 @@ class Planner:
     def _found(self, limit: float) -> Candidate | None:
         """`within` so many bytes, after some more programs were compiled."""
         if self.default.bytes <= limit:
-            return self.within(limit)
-        tried = {(c.traced.config, c.choice) for c in self.candidates}
+            return self.default
+        tried = {(c.traced.config, c.choice): c for c in self.candidates}
         left = COMPILES if self.answers else COMPILES - 1  # the default is one of the first budget's
-        aim, missed = limit * self._bias(limit), 0.0  # `missed`: bytes that the last program took too many
+        aim, is_far = limit * self._bias(limit), False  # whether the last program took far more than simulated
         surer = cache(lambda: self._between_segments(limit * CLOSE))  # what XLA adds the least to
         for _ in range(PROPOSALS):
             best = self.within(limit)
-            is_far = missed > FAR * limit
             if left <= (0 if best else 1):  # one is left for a surer one
                 break
             proposal, rival = self._propose(aim), surer() if is_far else None
             if rival and (proposal is None or rival.seconds < proposal.seconds):
                 proposal = rival
-            if proposal is None or (best and proposal.seconds >= best.seconds):
-                break
-            if (proposal.traced.config, proposal.choice) in tried:
-                aim *= 1.03 if best else 0.97
-                missed = 0
+            if proposal is None and not best and aim < limit * MOST:
+                aim *= 1.03
                 continue
-            tried.add((proposal.traced.config, proposal.choice))
+            if proposal is None:
+                break
+            key = proposal.traced.config, proposal.choice
+            if key in tried:
+                if best and (tried[key].bytes > limit or aim > limit * MOST):
+                    break
+                aim *= 1.03 if best else 0.97
+                is_far = False
+                continue
+            if best and proposal.seconds >= best.seconds:
+                break
             made, left = self._compiled(proposal), left - 1
-            missed = made.bytes - limit
+            tried[key] = made
             if CLOSE * limit <= made.bytes <= limit:
                 break
+            is_far = made.bytes > max(limit, made.predicted_bytes + FAR * limit)
             if proposal is not rival:
-                aim *= (limit / made.bytes if made.bytes else 1.0) * (MISSED if missed > 0 else 1.0)
-        for last in (surer, lambda: self.smallest):
+                aim = limit * (made.predicted_bytes / made.bytes if made.bytes else 1.0)
+                aim *= MISSED if made.bytes > limit else 1.0
+
+        def sure():
+            worst = min((c.predicted_bytes / c.bytes for c in tried.values() if c.bytes > limit), default=1.0)
+            found = surer(), self._propose(limit * min(worst, 1.0) * MISSED)
+            return min(filter(None, found), key=lambda p: p.seconds, default=None)
+
+        for last in (sure, lambda: self.smallest):
             proposal = None if self.within(limit) else last()
             if proposal and (proposal.traced.config, proposal.choice) not in tried:
                 self._compiled(proposal)
@@ -342,7 +360,7 @@ def _cheapest(options: Sequence[Sequence[Option]], limit: float) -> list[Option]
         for i, k in enumerate(at):
             for further in range(k + 1, len(options[i])):
                 here, there = options[i][k], options[i][further]
-                moves.append(((here.bytes - there.bytes) / (there.seconds - here.seconds + TINY_S), i, further))
+                moves.append(((here.bytes - there.bytes) / (max(there.seconds - here.seconds, 0) + TINY_S), i, further))
         if not moves:
             break
         _, i, further = max(moves)

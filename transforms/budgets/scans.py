@@ -26,6 +26,7 @@ from ..costs.materialised import Backend
 from ..costs.operations import nbytes
 from .emission import AGAIN, Emission, read
 from .joint import SEAM, Joint, flattened
+from .nominal import Nominal
 from .search import Choice, Simulation, everything
 
 
@@ -36,7 +37,7 @@ class Option(NamedTuple):
       choice: for its body.
       lengths: of the segments, from the outermost to the innermost; () keeps what the choice saves of every step.
       bytes: of all that is kept, and of what is alive while a step is reversed.
-      seconds: of what is computed again.
+      seconds: of what is computed again, and to write and read what is kept, on the nominal machine.
     """
 
     choice: Choice
@@ -48,7 +49,7 @@ class Option(NamedTuple):
 class Scan:
     """A scan and its body's two parts."""
 
-    def __init__(self, eqn: Any, backend: Backend):
+    def __init__(self, eqn: Any, backend: Backend, machine: Nominal):
         self.eqn, body = eqn, eqn.params["jaxpr"]
         self.sizes = layouts.scan_sizes(eqn)
         self.avals = [v.aval for v in body.jaxpr.invars]
@@ -56,7 +57,7 @@ class Scan:
         self.is_in, self.is_out = [_is_float(a) for a in self.avals], [_is_float(a) for a in self.out_avals]
         cts = [a for a, is_float in zip(self.out_avals, self.is_out, strict=True) if is_float]
         closed = _jax.stage_flat(self._pulled, [*cts, *self.avals], _jax.no_names)
-        self.joint = Joint(flattened(closed), backend, are_results_free=False)
+        self.joint = Joint(flattened(closed), backend, machine, are_results_free=False)
 
     def _pulled(self, *values):
         """The body and its pull-back, of cotangents and inputs."""
@@ -80,30 +81,44 @@ class Scan:
 
     @cached_property
     def options(self) -> list[Option]:
-        """All that no other beats in both bytes and seconds, the cheapest first."""
-        joint, simulate, length = self.joint, Simulation(self.joint), self.eqn.params["length"]
-        forward_s = sum(node.seconds for node in joint.nodes if node.is_run)
-        carry = self._split(joint.inputs[sum(self.is_out) :])[1]
-        carry_bytes = sum(nbytes(v.aval) for v in carry)
-        found: list[Option] = []
-        for choice in self._choices():
-            outcome = simulate(choice, 0)
-            saved_bytes = sum(joint.nodes[k].bytes for k in choice.saved)
-            step_bytes = saved_bytes + carry_bytes
-            alive = max(outcome.peak - saved_bytes, 0)
-            for lengths in _segmentations(length):
-                starts = sum(math.ceil(a / b) for a, b in pairwise((length, *lengths)))
-                size = starts * carry_bytes + (lengths or (length,))[-1] * step_bytes + alive
-                found.append(Option(choice, lengths, size, (len(lengths) * forward_s + outcome.seconds) * length))
+        """All that no other beats in both bytes and seconds, those to have the memory among these, the cheapest first."""
+        segmentations, new_s = list(_segmentations(self.eqn.params["length"])), 1 / self.joint.machine.new_bytes
+        found = [self._option(choice, lengths) for choice in self._choices() for lengths in segmentations]
         best: list[Option] = []
-        for option in sorted(found, key=lambda o: (o.seconds, o.bytes)):
+        for option in sorted(found, key=lambda o: (o.seconds + o.bytes * new_s, o.bytes)):
             if not best or option.bytes < best[-1].bytes:
                 best.append(option)
         return best
 
+    @property
+    def default(self) -> Option:
+        """What is done without a budget."""
+        return self._option(Choice(everything(self.joint)), ())
+
+    @cached_property
+    def _simulate(self) -> Simulation:
+        return Simulation(self.joint, is_new=False)
+
+    def _option(self, choice: Choice, lengths: tuple[int, ...]) -> Option:
+        joint, machine, length = self.joint, self.joint.machine, self.eqn.params["length"]
+        outcome, sizes = self._simulate(choice, 0), self._simulate.sizes_with(choice.saved)
+        const_bytes, carry_bytes, _ = (sum(map(nbytes, avals)) for avals in self._split(self.avals))
+        saved_bytes = sum(sizes[k] for k in choice.saved)
+        # Each level keeps the carry where its segments start, the innermost also what the choice saves of each step.
+        kept = [math.ceil(a / b) * carry_bytes for a, b in pairwise((length, *lengths))]
+        kept.append((lengths or (length,))[-1] * (saved_bytes + carry_bytes))
+        times = [1, *(length / n for n in lengths)]
+        moved_s = sum(2 * t * machine.moved(size, size) for t, size in zip(times, kept, strict=True))
+        forward_s = sum(node.seconds for node in joint.nodes if node.is_run)
+        # Each segment is a loop: the state of the one around it, the constants' cotangents among it, is copied in and out.
+        state = const_bytes + carry_bytes
+        moved_s += sum(times[1:]) * (2 * machine.moved(state, state) + machine.loop_s)
+        again_s = (len(lengths) * forward_s + outcome.seconds) * length
+        return Option(choice, lengths, sum(kept) + max(outcome.peak - saved_bytes, 0), again_s + moved_s)
+
     def _choices(self) -> list[Choice]:
         """From what saves everything to what saves nothing, the fewest seconds per byte first; and with one more or less."""
-        joint, simulate = self.joint, Simulation(self.joint)
+        joint, simulate = self.joint, self._simulate
         groups: dict[Any, list[int]] = defaultdict(list)
         for k in everything(joint):
             if not joint.nodes[k].is_pinned:
@@ -177,7 +192,7 @@ class Scan:
 
         def step(carry, x):
             env = dict(zip(inputs, [*consts, *carry, *x], strict=True))
-            emission.forward(env, outvars)
+            emission.forward(env)
             outs = [read(env, v) for v in outvars]
             return outs[:n_carry], (outs[n_carry:], ([env[v] for v in emission.saved], _chosen(carry, read_carry)))
 

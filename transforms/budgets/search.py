@@ -40,7 +40,13 @@ class Choice(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The peak of a choice in bytes, the seconds of what it computes again, and its bytes above the budget over all equations."""
+    """What a choice comes to.
+
+    Attributes:
+      peak: in bytes.
+      seconds: of what it computes again, and to take so much memory, on the nominal machine.
+      excess: bytes above the budget, over all equations.
+    """
 
     peak: int
     seconds: float
@@ -48,20 +54,24 @@ class Outcome(NamedTuple):
 
 
 class Simulation:
-    """The memory and time of choices, as they would be if equations ran in their order."""
+    """The memory and time of choices, as they would be if equations ran in their order.
 
-    def __init__(self, joint: Joint):
-        self.joint = joint
+    Args:
+      joint: the program.
+      is_new: whether it takes its memory anew, unlike the body of a loop.
+    """
+
+    def __init__(self, joint: Joint, *, is_new: bool):
+        self.joint, self.new_s = joint, is_new / joint.machine.new_bytes
         self.sizes = [node.bytes for node in joint.nodes]
         self.seconds = [node.seconds for node in joint.nodes]
         self.sources = [node.sources for node in joint.nodes]
         self.is_run = [node.is_run for node in joint.nodes]
         self.last_forward = np.array(joint.last_forward, np.int64)
-        self.bytes = np.array(self.sizes, np.int64)
 
     def __call__(self, choice: Choice, budget: float) -> Outcome:
         """The outcome of a choice."""
-        sizes, seconds, is_run, held = self.sizes, self.seconds, self.is_run, choice.held
+        sizes, seconds, is_run, held = self.sizes_with(choice.saved), self.seconds, self.is_run, choice.held
         change = [0] * (len(self.joint.backward_bytes) + 1)
         bumps: list[tuple[int, int]] = []
         born, last = dict.fromkeys(choice.saved, 0), dict[int, int]()
@@ -89,10 +99,10 @@ class Simulation:
         profile = self.joint.backward_bytes + np.cumsum(change[:-1])
         for at, extra in bumps:
             profile[at] += extra
-        before = self._forward(choice.saved)
+        before = self._forward(choice.saved, sizes)
         peak = int(max(profile.max(initial=0), before.max(initial=0)))
         excess = np.maximum(profile - budget, 0).sum() + np.maximum(before - budget, 0).sum()
-        return Outcome(peak, cost, float(excess))
+        return Outcome(peak, cost + peak * self.new_s, float(excess))
 
     def _chain(self, wanted: Iterable[int], known: Container[int]) -> tuple[list[int], set[int]]:
         """What must be computed for what is wanted, in order, and what of the known this reads."""
@@ -124,11 +134,19 @@ class Simulation:
                     live -= self.sizes[s]
         return most - live
 
-    def _forward(self, saved: frozenset[int]) -> np.ndarray:
+    def sizes_with(self, saved: frozenset[int]) -> list[int]:
+        """The bytes of each node; of the results of what is saved only those that something reads later."""
+        sizes = self.sizes
+        for k in saved & self.joint.results.keys():
+            sizes = [*sizes] if sizes is self.sizes else sizes
+            sizes[k] = sum(r.bytes for r in self.joint.results[k] if r.is_read_back or not r.readers <= saved)
+        return sizes
+
+    def _forward(self, saved: frozenset[int], sizes: Sequence[int]) -> np.ndarray:
         """What is alive at each node of the forward part."""
         kept = np.fromiter(saved, np.int64, len(saved))
         more = np.zeros(len(self.sizes) + 1, np.int64)
-        np.add.at(more, self.last_forward[kept] + 1, self.bytes[kept])
+        np.add.at(more, self.last_forward[kept] + 1, np.array(sizes, np.int64)[kept])
         return self.joint.forward_bytes + np.cumsum(more[:-1])
 
 
@@ -168,7 +186,7 @@ class Search:
     """Choices within a budget."""
 
     def __init__(self, joint: Joint):
-        self.joint, self.simulate = joint, Simulation(joint)
+        self.joint, self.simulate = joint, Simulation(joint, is_new=True)
         self.kinds: dict[object, list[int]] = defaultdict(list)
         for k, node in enumerate(joint.nodes):
             if not node.is_pinned:
@@ -206,7 +224,7 @@ class Search:
         """The cheapest choice found within a budget."""
         found: list[tuple[float, int, Choice]] = []
         for start in self.starts:
-            choice = self.refilled(self.reduced(start, budget), budget)
+            choice = self.refilled(self.leaner(self.reduced(start, budget), budget), budget)
             outcome = self.simulate(choice, budget)
             if outcome.peak <= budget:
                 found.append((outcome.seconds, len(found), choice))
@@ -261,7 +279,7 @@ class Search:
                     continue
                 without = choice._replace(saved=choice.saved.difference(members))
                 there = self.simulate(without, budget)
-                scores[kind] = (here.excess - there.excess) / (there.seconds - here.seconds + TINY_S)
+                scores[kind] = (here.excess - there.excess) / (max(there.seconds - here.seconds, 0.0) + TINY_S)
                 if there.excess < here.excess and (best is None or scores[kind] > scores[best[0]]):
                     best = kind, members, without, there
             if best is None:
@@ -270,6 +288,21 @@ class Search:
             if here.excess == 0:
                 return self._kept(choice, members, budget)
         return choice
+
+    def leaner(self, choice: Choice, budget: float) -> Choice:
+        """Drop what it takes longer to have memory for than to compute again."""
+        here = self.simulate(choice, budget)
+        for kind in sorted(self.kinds, key=self._worth):
+            without = choice._replace(saved=choice.saved.difference(self.kinds[kind]))
+            there = self.simulate(without, budget)
+            if there.seconds < here.seconds and there.excess <= here.excess:
+                choice, here = without, there
+        return choice
+
+    def _worth(self, kind: object) -> float:
+        """The seconds per byte of a node."""
+        node = self.joint.nodes[self.kinds[kind][0]]
+        return node.seconds / (node.bytes + 1)
 
     def _kept(self, choice: Choice, members: Sequence[int], budget: float) -> Choice:
         """Keep as many of the last of `members` as fit: what is computed again late is so while little else is alive."""
@@ -284,11 +317,8 @@ class Search:
 
     def refilled(self, choice: Choice, budget: float) -> Choice:
         """Keep again what has room, the most seconds per byte first."""
-        worth = lambda kind: (
-            -self.joint.nodes[self.kinds[kind][0]].seconds / (self.joint.nodes[self.kinds[kind][0]].bytes + 1)
-        )
         here = self.simulate(choice, budget)
-        for kind in sorted(self.kinds, key=worth):
+        for kind in sorted(self.kinds, key=self._worth, reverse=True):
             members = [k for k in self.kinds[kind] if k not in choice.saved]
             if members:
                 kept = self._kept(choice, members, budget)

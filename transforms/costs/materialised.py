@@ -392,6 +392,12 @@ def _order(eqn: Any, k: int) -> Sequence[int] | None:
     return None
 
 
+def copied_bytes(eqn: Any) -> int:
+    """The bytes of the copies that a library call reads of operands whose axes have an order that it does not take."""
+    orders = ((v.aval, _order(eqn, k)) for k, v in enumerate(eqn.invars))
+    return sum(nbytes(aval) for aval, order in orders if order is not None and _is_moved(order, aval.shape))
+
+
 def _is_moved(order: Sequence[int], shape: Sequence[int]) -> bool:
     """Whether axes change places, but for those of size 1."""
     kept = [d for d in order if shape[d] != 1]

@@ -1,0 +1,42 @@
+"""Nominal machines: by what a plan weighs computing again against keeping, so that it does not depend on a measurement."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..costs.operations import Work
+
+
+class Nominal(NamedTuple):
+    """What a machine does in a second.
+
+    Attributes:
+      flops, transcendentals: operations.
+      bytes: read or written; `cached_bytes` of what is no larger than `cache`.
+      new_bytes: of memory that a program takes. On CPU, XLA takes its temporaries from the system at each call, which clears
+        them page by page: this is slower than all else that is done with them. On GPU they are taken once.
+      loop_s: the seconds to enter a loop.
+    """
+
+    flops: float
+    transcendentals: float
+    bytes: float
+    cached_bytes: float
+    cache: int
+    new_bytes: float
+    loop_s: float
+
+    def seconds(self, work: Work) -> float:
+        """The roofline, transcendentals counted."""
+        compute = work.flops / self.flops + work.transcendentals / self.transcendentals
+        return max(compute, self.moved(work.bytes, work.bytes))
+
+    def moved(self, count: float, together: float) -> float:
+        """The seconds to read or write `count` bytes, where so many are in use together."""
+        return count / (self.cached_bytes if together <= self.cache else self.bytes)
+
+
+NOMINAL = {
+    "cpu": Nominal(6e10, 6e9, 1e10, 1e11, 2**20, 2e9, 2e-5),
+    "gpu": Nominal(3e13, 3e12, 2e12, 4e12, 2**24, float("inf"), 2e-5),
+}
