@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from funcgrad.transforms.budgets import plans, search
-from funcgrad.transforms.budgets.planning import Config, Proposal
+from funcgrad.transforms.budgets.programs import Config, Proposal
 from funcgrad.transforms.budgets.scans import Option
 from funcgrad.transforms.loops import Loops
 from jax import lax
@@ -310,3 +310,28 @@ def test_any_choice_for_models(model):
     )
     args = jax.tree.map(lambda a: fill(a).astype(a.dtype), MODELS[model].args)
     assert_any_choice(MODELS[model].f, args, {})
+
+
+# ------------------------------------------------------------------------------------------------ what is predicted
+
+
+def test_results_that_only_the_forward_pass_reads_are_not_counted_as_kept():
+    def f(w, xs):
+        hs = lax.scan(lambda c, x: (jnp.tanh(c @ w) + x, c), xs[0], xs)[1]
+        return jnp.sum(hs[-1] ** 2)
+
+    types = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((200, 64, 64), jnp.float32)
+    plan = fg.plan(f, *types, memory="60%")
+    assert plan.predicted_bytes == pytest.approx(plan.compiled_bytes, rel=0.05)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on other devices memory is not new at each call")
+def test_what_takes_longer_to_have_memory_for_than_to_compute_again_is_not_kept():
+    """Of temporaries beyond 32 MiB only: smaller ones are kept from call to call."""
+    f = lambda w, xs: jnp.sum(lax.scan(lambda x, w: (jnp.sin(jnp.sin(x) * w), None), xs, w)[0])
+    parts = {}
+    for n in (2**20, 2**14):
+        types = jax.ShapeDtypeStruct((20,), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.float32)
+        plan = fg.plan(f, *types, memory="95%")
+        parts[n] = plan.compiled_bytes / plan.default_bytes
+    assert parts[2**20] < 0.6 < 0.7 < parts[2**14]

@@ -7,6 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from funcgrad.transforms.costs.materialised import copied_bytes
 from jax import lax
 
 import funcgrad as fg
@@ -94,3 +95,10 @@ def test_ten_thousand_equations_in_two_seconds(f):
     start = time.process_time()
     assert cost.temp_bytes >= 0
     assert time.process_time() - start < 2
+
+
+def test_copies_of_operands_in_another_order():
+    x = jax.ShapeDtypeStruct((8, 16, 32), jnp.float32)
+    copied = lambda spec: [copied_bytes(eqn) for eqn in fg.trace(lambda a, b: jnp.einsum(spec, a, b), x, x).eqns]
+    assert sum(copied("bij,bkj->bik")) == 8 * 16 * 32 * 4
+    assert sum(copied("bij,bij->b")) == 0

@@ -13,8 +13,9 @@ class Nominal(NamedTuple):
     Attributes:
       flops, transcendentals: operations.
       bytes: read or written; `cached_bytes` of what is no larger than `cache`.
-      new_bytes: of memory that a program takes. On CPU, XLA takes its temporaries from the system at each call, which clears
-        them page by page: this is slower than all else that is done with them. On GPU they are taken once.
+      new_bytes: of the temporaries of a call, from `held` bytes on. On CPU, XLA asks for all of them at once and at each call;
+        from 32 MiB on glibc takes them from the system (mallopt(3), M_MMAP_THRESHOLD), which clears them page by page: this is
+        slower than all else that is done with them. On GPU they are taken once.
       loop_s: the seconds to enter a loop.
     """
 
@@ -24,6 +25,7 @@ class Nominal(NamedTuple):
     cached_bytes: float
     cache: int
     new_bytes: float
+    held: int
     loop_s: float
 
     def seconds(self, work: Work) -> float:
@@ -31,12 +33,16 @@ class Nominal(NamedTuple):
         compute = work.flops / self.flops + work.transcendentals / self.transcendentals
         return max(compute, self.moved(work.bytes, work.bytes))
 
+    def taken(self, count: float) -> float:
+        """The seconds to have so many bytes of temporaries for a call."""
+        return count / self.new_bytes if count >= self.held else 0.0
+
     def moved(self, count: float, together: float) -> float:
         """The seconds to read or write `count` bytes, where so many are in use together."""
         return count / (self.cached_bytes if together <= self.cache else self.bytes)
 
 
 NOMINAL = {
-    "cpu": Nominal(6e10, 6e9, 1e10, 1e11, 2**20, 2e9, 2e-5),
-    "gpu": Nominal(3e13, 3e12, 2e12, 4e12, 2**24, float("inf"), 2e-5),
+    "cpu": Nominal(6e10, 6e9, 1e10, 1e11, 2**20, 2e9, 2**25, 2e-5),
+    "gpu": Nominal(3e13, 3e12, 2e12, 4e12, 2**24, float("inf"), 0, 2e-5),
 }

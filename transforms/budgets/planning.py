@@ -7,10 +7,10 @@ refusal the sure program was not sure. Of budgets that are asked for one after t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from ..loops import rules as reversible
 from .emission import Emission
 from .joint import Joint, flattened, seam
 from .nominal import NOMINAL
+from .programs import Call, Candidate, Config, Proposal, Traced
 from .scans import Option, Scan
 from .search import TINY_S, Choice, Search, everything
 
@@ -36,75 +37,6 @@ FAR, MISSED = 0.05, 0.985  # of a budget: what counts as badly simulated; what i
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 MOST = 1.1  # of a budget, what is aimed at: a program may take less than simulated
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
-
-
-class Config(NamedTuple):
-    """What is decided before the function is differentiated: an option for each scan, and how `while` loops run."""
-
-    scans: tuple[Option | None, ...]
-    loops: Loops
-
-
-class Call(NamedTuple):
-    """A call: the tree of (args, kwargs), the leaves that are static, and which leaves are traced."""
-
-    tree: Any
-    static: list[Any]
-    is_traced: list[bool]
-
-    def arguments(self, values: Sequence[Any]) -> tuple[tuple, dict]:
-        """The arguments with `values` as what is traced."""
-        given = iter(values)
-        leaves = [next(given) if ok else x for x, ok in zip(self.static, self.is_traced, strict=True)]
-        return tree_unflatten(self.tree, leaves)
-
-    def values(self, args: tuple, kwargs: dict) -> list[Any]:
-        """What is traced, of such arguments."""
-        leaves = self.tree.flatten_up_to((args, kwargs))
-        return [x for x, ok in zip(leaves, self.is_traced, strict=True) if ok]
-
-
-@dataclass(frozen=True, eq=False)
-class Traced:
-    """The joint program of a configuration; it takes the constants first.
-
-    `tree` is that of its results, `constants` are those of its leaves that no program returns: gradients of integers.
-    """
-
-    config: Config
-    joint: Joint
-    consts: list[Any]
-    search: Search
-    tree: Any
-    constants: list[Any]
-
-
-class Proposal(NamedTuple):
-    """What may be compiled, with its seconds and bytes as simulated; see `Candidate`."""
-
-    traced: Traced
-    choice: Choice | None
-    seconds: float
-    bytes: int
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A program for a budget.
-
-    Attributes:
-      traced, choice: what is computed again; without a choice, nothing.
-      seconds: of what is computed again, and to have the memory, on the nominal machine.
-      predicted_bytes, bytes: of its temporaries, as simulated and of the compiled program.
-      program: the jitted function of the joint's inputs.
-    """
-
-    traced: Traced
-    choice: Choice | None
-    seconds: float
-    predicted_bytes: int
-    bytes: int
-    program: Callable
 
 
 class Planner:
@@ -248,19 +180,19 @@ class Planner:
         tried = {(c.traced.config, c.choice): c for c in self.candidates}
         left = COMPILES if self.answers else COMPILES - 1  # the default is one of the first budget's
         aim, is_far = limit * self._bias(limit), False  # whether the last program took far more than simulated
-        surer = cache(lambda: self._between_segments(limit * CLOSE))  # what XLA adds the least to
+        surer = cache(lambda: min(self._between_segments(limit * CLOSE), key=lambda p: p.seconds, default=None))
         for _ in range(PROPOSALS):
             best = self.within(limit)
-            if left <= (0 if best else 1):  # one is left for a surer one
+            if left <= (0 if best else 2):  # one is left for a surer one, one for the smallest
                 break
             proposal, rival = self._propose(aim), surer() if is_far else None
             if rival and (proposal is None or rival.seconds < proposal.seconds):
                 proposal = rival
-            if proposal is None and not best and aim < limit * MOST:
+            if proposal is None:
+                if best or aim > limit * MOST:
+                    break
                 aim *= 1.03
                 continue
-            if proposal is None:
-                break
             key = proposal.traced.config, proposal.choice
             if key in tried:
                 if best and (tried[key].bytes > limit or aim > limit * MOST):
@@ -284,17 +216,18 @@ class Planner:
             found = surer(), self._propose(limit * min(worst, 1.0) * MISSED)
             return min(filter(None, found), key=lambda p: p.seconds, default=None)
 
-        for last in (sure, lambda: self.smallest):
+        for last in (sure, lambda: self.smallest, lambda: self.plainest):
             proposal = None if self.within(limit) else last()
             if proposal and (proposal.traced.config, proposal.choice) not in tried:
-                self._compiled(proposal)
+                made = self._compiled(proposal)
+                tried[made.traced.config, made.choice] = made
         return self.within(limit)
 
     @property
     def smallest_bytes(self) -> int:
         """Of the smallest program that is found for every budget, also by another planner."""
-        known = (c.bytes for c in self.candidates if self.smallest and (c.traced, c.choice) == self.smallest[:2])
-        return min([self.default.bytes, *known])
+        found = [p[:2] for p in (self.smallest, self.plainest) if p]
+        return min([self.default.bytes, *(c.bytes for c in self.candidates if (c.traced, c.choice) in found)])
 
     def run(self, candidate: Candidate, values: Sequence[Any]) -> Any:
         """What a program returns for what is traced of a call."""
@@ -307,13 +240,17 @@ class Planner:
         near = min(self.candidates, key=lambda c: abs(c.bytes - limit))
         return min(max(near.predicted_bytes / near.bytes, 0.95), 1.05) if near.bytes else 1.0
 
-    def _between_segments(self, aim: float) -> Proposal | None:
-        """The cheapest program that keeps only what lies between segments, as one does by hand: XLA adds the least to these."""
+    @cached_property
+    def plainest(self) -> Proposal | None:
+        """Of the programs that keep only what lies between segments, the one with the smallest peak."""
+        return min(self._between_segments(math.inf), key=lambda p: p.bytes, default=None)
+
+    def _between_segments(self, aim: float) -> list[Proposal]:
+        """Programs that keep only what lies between segments, as one does by hand: XLA adds the least to these."""
         traced = self.smallest.traced if self.scans and self.smallest else self.default.traced
         again = sum(option.seconds for option in traced.config.scans if option)
         starts = ((start, traced.search.simulate(start, 0)) for start in traced.search.starts)
-        found = [Proposal(traced, start, again + o.seconds, o.peak) for start, o in starts if o.peak <= aim]
-        return min(found, key=lambda p: p.seconds, default=None)
+        return [Proposal(traced, start, again + o.seconds, o.peak) for start, o in starts if o.peak <= aim]
 
     def _propose(self, aim: float) -> Proposal | None:
         """The cheapest program of so many simulated bytes."""

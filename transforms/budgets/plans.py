@@ -20,7 +20,8 @@ from ..graph import Graph, trace
 from ..loops import Loops
 from ..selecting import BACKWARD, maker
 from .emission import AGAIN, Emission
-from .planning import Call, Candidate, Planner, placed
+from .planning import Planner, placed
+from .programs import Call, Candidate
 
 
 @dataclass(frozen=True)

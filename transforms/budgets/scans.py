@@ -82,10 +82,10 @@ class Scan:
     @cached_property
     def options(self) -> list[Option]:
         """All that no other beats in both bytes and seconds, those to have the memory among these, the cheapest first."""
-        segmentations, new_s = list(_segmentations(self.eqn.params["length"])), 1 / self.joint.machine.new_bytes
+        segmentations, taken_s = list(_segmentations(self.eqn.params["length"])), self.joint.machine.taken
         found = [self._option(choice, lengths) for choice in self._choices() for lengths in segmentations]
         best: list[Option] = []
-        for option in sorted(found, key=lambda o: (o.seconds + o.bytes * new_s, o.bytes)):
+        for option in sorted(found, key=lambda o: (o.seconds + taken_s(o.bytes), o.bytes)):
             if not best or option.bytes < best[-1].bytes:
                 best.append(option)
         return best

@@ -62,7 +62,7 @@ class Simulation:
     """
 
     def __init__(self, joint: Joint, *, is_new: bool):
-        self.joint, self.new_s = joint, is_new / joint.machine.new_bytes
+        self.joint, self.is_new = joint, is_new
         self.sizes = [node.bytes for node in joint.nodes]
         self.seconds = [node.seconds for node in joint.nodes]
         self.sources = [node.sources for node in joint.nodes]
@@ -102,7 +102,7 @@ class Simulation:
         before = self._forward(choice.saved, sizes)
         peak = int(max(profile.max(initial=0), before.max(initial=0)))
         excess = np.maximum(profile - budget, 0).sum() + np.maximum(before - budget, 0).sum()
-        return Outcome(peak, cost + peak * self.new_s, float(excess))
+        return Outcome(peak, cost + self.is_new * self.joint.machine.taken(peak), float(excess))
 
     def _chain(self, wanted: Iterable[int], known: Container[int]) -> tuple[list[int], set[int]]:
         """What must be computed for what is wanted, in order, and what of the known this reads."""
