@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from .search import TINY_S, Choice, Search, everything
 
 COMPILES = 4  # for a new budget
 PROPOSALS = 10  # most of which are known
-FAR, MISSED = 0.05, 0.985  # of a budget: what counts as badly simulated; what is aimed at after a miss
+MISSED = 0.985  # of a budget, what is aimed at after a miss
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 MOST = 1.1  # of a budget, what is aimed at: a program may take less than simulated
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
@@ -178,16 +178,13 @@ class Planner:
         if self.default.bytes <= limit:
             return self.default
         tried = {(c.traced.config, c.choice): c for c in self.candidates}
-        left = COMPILES if self.answers else COMPILES - 1  # the default is one of the first budget's
-        aim, is_far = limit * self._bias(limit), False  # whether the last program took far more than simulated
-        surer = cache(lambda: min(self._between_segments(limit * CLOSE), key=lambda p: p.seconds, default=None))
+        most, made = COMPILES if self.answers else COMPILES - 1, None  # the default is one of the first budget's
+        aim = limit * self._bias(limit)
         for _ in range(PROPOSALS):
             best = self.within(limit)
-            if left <= (0 if best else 2):  # one is left for a surer one, one for the smallest
+            if most == 0 or (made and not best):  # what is left is for those below
                 break
-            proposal, rival = self._propose(aim), surer() if is_far else None
-            if rival and (proposal is None or rival.seconds < proposal.seconds):
-                proposal = rival
+            proposal = self._propose(aim)
             if proposal is None:
                 if best or aim > limit * MOST:
                     break
@@ -198,22 +195,19 @@ class Planner:
                 if best and (tried[key].bytes > limit or aim > limit * MOST):
                     break
                 aim *= 1.03 if best else 0.97
-                is_far = False
                 continue
             if best and proposal.seconds >= best.seconds:
                 break
-            made, left = self._compiled(proposal), left - 1
+            made, most = self._compiled(proposal), most - 1
             tried[key] = made
             if CLOSE * limit <= made.bytes <= limit:
                 break
-            is_far = made.bytes > max(limit, made.predicted_bytes + FAR * limit)
-            if proposal is not rival:
-                aim = limit * (made.predicted_bytes / made.bytes if made.bytes else 1.0)
-                aim *= MISSED if made.bytes > limit else 1.0
+            aim = limit * (made.predicted_bytes / made.bytes if made.bytes else 1.0)
+            aim *= MISSED if made.bytes > limit else 1.0
 
         def sure():
             worst = min((c.predicted_bytes / c.bytes for c in tried.values() if c.bytes > limit), default=1.0)
-            found = surer(), self._propose(limit * min(worst, 1.0) * MISSED)
+            found = *self._between_segments(limit * CLOSE), self._propose(limit * min(worst, 1.0) * MISSED)
             return min(filter(None, found), key=lambda p: p.seconds, default=None)
 
         for last in (sure, lambda: self.smallest, lambda: self.plainest):
