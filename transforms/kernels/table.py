@@ -70,10 +70,10 @@ class Compiled:
     @cached_property
     def times(self) -> dict[str, float]:
         """name -> seconds of each measured equation: the time of its kernels, in equal parts for all equations in them."""
-        measured = ((name, k) for name, kernels in self.parts.items() for k in kernels if k.elapsed_s is not None)
         found: dict[str, float] = {}
-        for name, k in measured:
-            found[name] = found.get(name, 0.0) + k.elapsed_s / len(k.equations)
+        for name, k in ((name, k) for name, kernels in self.parts.items() for k in kernels):
+            if k.elapsed_s is not None:
+                found[name] = found.get(name, 0.0) + k.elapsed_s / len(k.equations)
         return found
 
     def dict(self) -> dict[str, Any]:
