@@ -176,8 +176,10 @@ def is_elided(eqn: Any, values: Sequence[Any], outputs: Sequence[Any]) -> bool:
 
 
 def zeros(aval: Any) -> jax.Array:
-    """Zeros of a type, keys among them."""
-    return shards.vary(lax.full(aval.shape, 0, aval.dtype), shards.axes_of(aval))
+    """Zeros of a type, keys among them, sharded as it is."""
+    sharding = getattr(aval, "sharding", None)
+    explicit = sharding if sharding is not None and any(sharding.spec) else None
+    return shards.vary(lax.full(aval.shape, 0, aval.dtype, sharding=explicit), shards.axes_of(aval))
 
 
 def _out_types(jaxpr: _jax.ClosedJaxpr) -> list[Any]:

@@ -280,7 +280,7 @@ class Scan:
 
         starts = np.arange(count, dtype=np.int32) * size
         starts, last = (length - size - starts, 0) if reverse else (starts, count * size)
-        state = state, [lax.full((length, *a.shape), 0, a.dtype) for a in avals]
+        state = state, [lax.broadcast(layouts.zeros(a), (length,)) for a in avals]
         whole, left = kept or (None, None)
         if back:
             state, left = at(rest, last, state, left)
