@@ -27,7 +27,7 @@ from .graph import trace
 # On CPUs a chunk has no more than this, whatever the budget: temporaries stay near the caches, and XLA, which asks for
 # all of them at once and at every call, is given memory that the process has. From 32 MiB on glibc takes it from the
 # system each time, page by page (mallopt(3), M_MMAP_THRESHOLD), which was measured to cost more than the arithmetic.
-CPU_CHUNK_BYTES = 12 * 2**20
+CPU_CHUNK_BYTES = 20 * 2**20
 
 _INLINE = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 Program = Callable[[int | None], Callable]
