@@ -21,7 +21,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from .. import _jax, layouts
-from ..costs.materialised import Backend, copied_bytes, materialised, temp_bytes
+from ..costs.backends import Backend
+from ..costs.materialised import copied_bytes, materialised, temp_bytes
 from ..costs.operations import Work, nbytes
 from ..costs.steps import Unfolding, Value, total
 from ..living import run
@@ -281,7 +282,7 @@ def _work(eqn: Any, backend: Backend) -> tuple[Work, int]:
     steps, results = _unfolding().unfolded(
         _Alone([eqn], read, outvars=eqn.outvars), [_argument(v) for v in read], (), 1
     )
-    inside = temp_bytes(steps, results, backend) if layouts.has_bodies(eqn.primitive) else copied_bytes(eqn)
+    inside = temp_bytes(steps, results, backend) if layouts.has_bodies(eqn.primitive) else copied_bytes(eqn, backend)
     return total(steps), inside
 
 

@@ -7,8 +7,9 @@ XLA fuses operations into kernels, and only what one kernel hands to another has
    an order that the library does not take reads a copy.
 2. Fusion. What is computed element by element is computed where it is read, as often as it is read. It is *materialised* where a
    library call (product, convolution, sort …) reads it, and where it is expensive (exp, tanh …) and has several
-   readers. A reduction draws in what only it reads, up to a number of operations; what it shares with others,
-   broadcast numbers too, is materialised.
+   readers. On CPUs a reduction draws in what only it reads, up to a number of operations; what it shares with others,
+   broadcast numbers too, is materialised. On GPUs it computes what it reads; there, what several kernels read is materialised
+   if it is computed from several arrays of its size, or else a mask of it.
 3. Schedule. Breadth first: a kernel runs in the order in which its operands come to be there.
 4. Buffers. A value is alive until the last kernel that reads it, or that reads what is fused from it. A kernel writes over an
    operand of its size that dies with it. Results are the caller's memory, in which earlier temporaries find room. A
@@ -27,66 +28,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 
+from .backends import MOVES, REDUCTIONS, Backend
 from .operations import nbytes
 from .steps import NUMBER, Step, Value
 
-
-@dataclass(frozen=True)
-class Backend:
-    """What one backend of XLA fuses.
-
-    Attributes:
-      cheap: primitives that are computed where they are read, however often.
-      expensive: those that are computed where they are read, if that is one place.
-      reductions: those that draw in what only they read.
-      drawn: what they draw in; broadcasts too.
-      limit: how many operations they draw in.
-      has_barriers: whether what a backward pass computes again is kept apart.
-    """
-
-    cheap: frozenset[str]
-    expensive: frozenset[str]
-    reductions: frozenset[str]
-    drawn: frozenset[str]
-    limit: int
-    has_barriers: bool = True
-
-
-def _names(*texts: str) -> frozenset[str]:
-    return frozenset(" ".join(texts).split())
-
-
-_MOVES = "broadcast_in_dim broadcast_to transpose rev pad slice split dynamic_slice gather"
-_CHEAP = """add sub add_any neg mul square integer_pow one_minus_square max min clamp sign abs floor ceil round is_finite eq ne lt
-le gt ge eq_to lt_to le_to and or xor not select_n population_count clz shift_left shift_right_logical shift_right_arithmetic
-convert_element_type reduce_precision real imag complex conj copy copy_p iota"""
-_EXPENSIVE = """div rem exp exp2 expm1 log log1p log2 sqrt rsqrt cbrt pow logistic sin cos tan asin acos atan atan2 sinh cosh tanh
-asinh acosh atanh erf erfc erf_inv nextafter"""
-_REDUCTIONS = "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor"
-_YNN = """add sub add_any neg mul square integer_pow max min abs exp tanh div sqrt rsqrt log convert_element_type dot_general
-reduce_sum reduce_max"""
-
-BACKENDS = {
-    # XLA:CPU hands clusters of operations to a library, YNNPACK, of which it knows no temporaries. Up to JAX 0.10
-    # it lost the barriers of jax.checkpoint outside of loops.
-    "cpu": Backend(
-        _names(_CHEAP, _MOVES),
-        _names(_EXPENSIVE),
-        _names(_REDUCTIONS),
-        _names(_YNN),
-        limit=74,
-        has_barriers=jax.__version_info__ >= (0, 11),
-    ),
-    # Not measured yet. On GPUs nothing elementwise is expensive, and reductions draw in all of it.
-    "gpu": Backend(
-        _names(_CHEAP, _MOVES, _EXPENSIVE), frozenset(), _names(_REDUCTIONS), _names(_CHEAP, _EXPENSIVE), limit=1000
-    ),
+_IN_PLACE = {
+    "sort",
+    "dynamic_update_slice",
+    *(f"scatter{what}" for what in ("", "-add", "-sub", "-mul", "-min", "-max")),
 }
-_MOVING = _names(_MOVES)
-_IN_PLACE = _names("sort dynamic_update_slice scatter scatter-add scatter-sub scatter-mul scatter-min scatter-max")
 _BROADCAST, _COPY = "broadcast_in_dim", "transpose"
 
 
@@ -108,6 +60,7 @@ class Kernel:
       bytes, count: of its value, and how many elements that has.
       reads: the kernels that make its operands; arguments are not among them.
       remat: of a value that is computed again, the equation that does it.
+      is_kept: of a mask that has memory, so that what it is a mask of needs none.
       cluster: the reduction that draws it in.
       at: its place in the order in which kernels run.
       last: when its value is read last; `inlined`: when it is computed last as a part of others.
@@ -124,6 +77,7 @@ class Kernel:
     readers: list[Kernel] = field(default_factory=list)
     is_output: bool = False
     is_materialised: bool = True
+    is_kept: bool = False
     follows_reduction: bool = False
     cluster: Kernel | None = None
     drawn: int = 0
@@ -139,7 +93,7 @@ class Kernel:
     @property
     def is_in_place(self) -> bool:
         """Whether it may write over an operand."""
-        return (self.is_elementwise and self.name not in _MOVING) or self.name in _IN_PLACE
+        return (self.is_elementwise and self.name not in MOVES) or self.name in _IN_PLACE
 
 
 class _Program:
@@ -174,7 +128,7 @@ class _Program:
         reads = list(dict.fromkeys(r for r in operands if isinstance(r, Kernel)))
         remat = step.remat if backend.has_barriers else None
         key: Any = id(step)
-        if is_elementwise or name in backend.reductions:
+        if is_elementwise or name in REDUCTIONS:
             key = name, *map(_identity, operands), id(remat), str(eqn.params), str(eqn.outvars[0].aval)
         if key not in self.known:
             # By a number, a division is a product.
@@ -195,10 +149,10 @@ class _Program:
         """The kernel that makes an operand as the step takes it, or what identifies the argument or number that it is."""
         v, atom = step.reads[k], step.eqn.invars[k]
         source = str(atom.val) if v.argument == NUMBER and hasattr(atom, "val") else self.of.get(v, v)
-        order = _order(step.eqn, k)
+        order = _order(step.eqn, k, self.backend)
         if order is not None and _is_moved(order, atom.aval.shape):
             return self._moved(_COPY, source, atom.aval, step, order)
-        if is_elementwise and step.eqn.primitive.name not in _MOVING:
+        if is_elementwise and step.eqn.primitive.name not in MOVES:
             shape = step.eqn.outvars[0].aval.shape
             if getattr(atom.aval, "shape", shape) != shape:
                 return self._moved(_BROADCAST, source, atom.aval.update(shape=shape), step, shape)
@@ -219,6 +173,8 @@ class _Program:
     def _fuse(self) -> None:
         """Which kernels are drawn in by reductions, and which are materialised."""
         backend = self.backend
+        if backend.sharing:
+            self._find_spread()
         for k in self.kernels:
             follows = lambda r: (
                 len(r.readers) == 1 and (r.follows_reduction or (k.name == _BROADCAST and r.name in backend.reductions))
@@ -229,6 +185,24 @@ class _Program:
             k.is_materialised = (
                 k.is_output or not k.readers or not all(self._is_fused(k, reader) for reader in k.readers)
             )
+
+    def _find_spread(self) -> None:
+        """What several kernels read is not cheap if it is computed from several arrays of its size.
+
+        Of such a value and of a mask of it, the mask has memory, if that is all.
+        """
+        anchors: dict[Kernel, set[Kernel]] = {}
+        for k in self.kernels:
+            found = set().union(*(anchors[r] for r in k.reads if r.count >= k.count))
+            if len(k.readers) > 1 and len(found) > 1:
+                masks = [r for r in k.readers if r.is_elementwise and r.bytes < k.bytes]
+                if len(masks) == len(k.readers) - 1:
+                    for mask in masks:
+                        mask.is_kept = True
+                else:
+                    k.is_cheap = False
+            is_read_again = k.is_elementwise and not k.is_kept and (k.is_cheap or len(k.readers) < 2)
+            anchors[k] = found if is_read_again else {k}
 
     def _draw(self, k: Kernel) -> None:
         """Find the cluster of `k`: that of all its readers, if it is one and has room."""
@@ -247,13 +221,15 @@ class _Program:
 
     def _is_fused(self, k: Kernel, reader: Kernel) -> bool:
         """Whether `reader` computes `k` itself."""
+        if k.is_kept:
+            return False
         if reader.remat is not None and k.remat is not reader.remat:
             return False  # a barrier lies between them
         if reader.cluster:
             return k.cluster is reader.cluster
-        if not (k.is_elementwise and reader.is_elementwise):
+        if not (k.is_elementwise and (reader.is_elementwise or reader.name in self.backend.sharing)):
             return False
-        return k.is_cheap or (len(k.readers) == 1 and reader.name not in _MOVING)
+        return k.is_cheap or (len(k.readers) == 1 and reader.name not in MOVES)
 
     # ------------------------------------------------------------------------------------------------ schedule
 
@@ -305,7 +281,11 @@ class _Program:
         for k in reversed(self.kernels):
             k.last = k.at
             # What has one operand of its size is computed again rather than read, even if it is there.
-            again = k.is_cheap and sum(r.count >= k.count and r.name != _BROADCAST for r in k.reads) <= 1
+            again = (
+                not self.backend.sharing
+                and k.is_cheap
+                and sum(r.count >= k.count and r.name != _BROADCAST for r in k.reads) <= 1
+            )
             for reader in k.readers:
                 when = max(reader.at if reader.is_materialised else -1, reader.inlined)
                 if self._is_fused(k, reader) and (again or not k.is_materialised):
@@ -327,8 +307,11 @@ class _Program:
             if k.step and k.step.bodies and id(k.step) not in inside:
                 bodies = [_Program(b.steps, b.outputs, self.backend).temp_bytes() * b.copies for b in k.step.bodies]
                 inside[id(k.step)] = k.step.kept_bytes + max(bodies)
+            inner = inside.get(
+                id(k.step), self.backend.workspace * (k.step is not None and _is_large_product(k.step.eqn))
+            )
             is_over = k.is_in_place and any(d.bytes == new and d is not k for d in dying[k.at])
-            most = max(most, live + inside.get(id(k.step), 0) + (0 if is_over else new))
+            most = max(most, live + inner + (0 if is_over else new))
             live += new - sum(d.bytes for d in dying[k.at])
         return most
 
@@ -378,8 +361,17 @@ def _returned(step: Step) -> Value | None:
     return None
 
 
-def _order(eqn: Any, k: int) -> Sequence[int] | None:
+def _is_large_product(eqn: Any) -> bool:
+    """Whether this is a product of two matrices, of m · n · k ≥ 2²⁷."""
+    avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    is_of_matrices = eqn.primitive.name == "dot_general" and all(a.ndim == 2 for a in avals)
+    return is_of_matrices and math.prod(map(_count, avals)) >= 2**54  # (m · n · k)²
+
+
+def _order(eqn: Any, k: int, backend: Backend) -> Sequence[int] | None:
     """The order of axes in which a library call takes its operand; None for any."""
+    if eqn.primitive.name not in backend.ordered:
+        return None
     if eqn.primitive.name == "dot_general":
         contracted, batch = (sides[k] for sides in eqn.params["dimension_numbers"])
         free = [d for d in range(eqn.invars[k].aval.ndim) if d not in contracted and d not in batch]
@@ -392,9 +384,9 @@ def _order(eqn: Any, k: int) -> Sequence[int] | None:
     return None
 
 
-def copied_bytes(eqn: Any) -> int:
+def copied_bytes(eqn: Any, backend: Backend) -> int:
     """The bytes of the copies that a library call reads of operands whose axes have an order that it does not take."""
-    orders = ((v.aval, _order(eqn, k)) for k, v in enumerate(eqn.invars))
+    orders = ((v.aval, _order(eqn, k, backend)) for k, v in enumerate(eqn.invars))
     return sum(nbytes(aval) for aval, order in orders if order is not None and _is_moved(order, aval.shape))
 
 

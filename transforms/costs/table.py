@@ -17,8 +17,9 @@ from .. import _jax
 from ..errors import ArgumentError, OptionError
 from ..graph import Graph, trace
 from ..selecting import BACKWARD, Path
+from .backends import BACKENDS
 from .machines import Machine
-from .materialised import BACKENDS, temp_bytes
+from .materialised import temp_bytes
 from .operations import Work
 from .steps import Branches, Step, Unfolding, Value, leaves
 from .timeline import Timeline, simulated
