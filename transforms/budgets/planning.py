@@ -1,8 +1,9 @@
 """Planning: programs within a budget, compiled and measured.
 
 For one function and arguments of one type, a `Planner` keeps every program that it has compiled, with its measured bytes. A
-budget is answered by the cheapest of them that fits, after at most `COMPILES` more have been tried; one more, where before a
-refusal the sure program was not sure. Of budgets that are asked for one after the other, a smaller one gets no bigger program.
+budget is answered by the cheapest of them that fits, after at most `COMPILES` more have been tried; one or two more, where
+before a refusal the sure programs were not sure. Of budgets that are asked for one after the other, a smaller one gets no
+bigger program.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax.tree_util import tree_flatten, tree_unflatten
 
 from .. import _jax, layouts, shards
 from ..arguments import name_of
-from ..costs.materialised import BACKENDS
+from ..costs.backends import BACKENDS
 from ..errors import ArgumentError, OptionError, location
 from ..living import live, run
 from ..loops import Loops
@@ -34,6 +35,7 @@ from .search import TINY_S, Choice, Search, everything
 COMPILES = 4  # for a new budget
 PROPOSALS = 10  # most of which are known
 MISSED = 0.985  # of a budget, what is aimed at after a miss
+MISSING = 1.25  # of what predictions missed, what the next may miss
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 MOST = 1.1  # of a budget, what is aimed at: a program may take less than simulated
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
@@ -202,15 +204,17 @@ class Planner:
             tried[key] = made
             if CLOSE * limit <= made.bytes <= limit:
                 break
-            aim = limit * (made.predicted_bytes / made.bytes if made.bytes else 1.0)
+            aim = limit + made.predicted_bytes - made.bytes
             aim *= MISSED if made.bytes > limit else 1.0
 
         def sure():
-            worst = min((c.predicted_bytes / c.bytes for c in tried.values() if c.bytes > limit), default=1.0)
-            found = *self._between_segments(limit * CLOSE), self._propose(limit * min(worst, 1.0) * MISSED)
-            return min(filter(None, found), key=lambda p: p.seconds, default=None)
+            missing = max((c.bytes - c.predicted_bytes for c in tried.values() if c.bytes > limit), default=0)
+            aim = (limit - MISSING * max(missing, 0)) * MISSED
+            found = [*self._between_segments(limit * CLOSE), *filter(None, [self._propose(aim)])]
+            found = [p for p in found if (p.traced.config, p.choice) not in tried]
+            return min(found, key=lambda p: p.seconds, default=None)
 
-        for last in (sure, lambda: self.smallest, lambda: self.plainest):
+        for last in (sure, sure, lambda: self.plainest, lambda: self.smallest):
             proposal = None if self.within(limit) else last()
             if proposal and (proposal.traced.config, proposal.choice) not in tried:
                 made = self._compiled(proposal)

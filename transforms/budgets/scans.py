@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.dtypes import float0
 
 from .. import _jax, layouts
-from ..costs.materialised import Backend
+from ..costs.backends import Backend
 from ..costs.operations import nbytes
 from .emission import AGAIN, Emission, read
 from .joint import SEAM, Joint, flattened
@@ -108,7 +108,7 @@ class Scan:
         kept = [math.ceil(a / b) * carry_bytes for a, b in pairwise((length, *lengths))]
         kept.append((lengths or (length,))[-1] * (saved_bytes + carry_bytes))
         times = [1, *(length / n for n in lengths)]
-        moved_s = sum(2 * t * machine.moved(size, size) for t, size in zip(times, kept, strict=True))
+        moved_s = sum(machine.stacked * t * machine.moved(size, size) for t, size in zip(times, kept, strict=True))
         forward_s = sum(node.seconds for node in joint.nodes if node.is_run)
         # Each segment is a loop: the state of the one around it, the constants' cotangents among it, is copied in and out.
         state = const_bytes + carry_bytes

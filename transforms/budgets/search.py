@@ -68,23 +68,29 @@ class Simulation:
         self.sources = [node.sources for node in joint.nodes]
         self.is_run = [node.is_run for node in joint.nodes]
         self.last_forward = np.array(joint.last_forward, np.int64)
+        self.stages = [(stage.start, stage.reads) for stage in joint.stages if stage.reads]
+        self.known: dict[tuple[Choice, float], Outcome] = {}
 
     def __call__(self, choice: Choice, budget: float) -> Outcome:
         """The outcome of a choice."""
+        if (choice, budget) not in self.known:
+            self.known[choice, budget] = self._outcome(choice, budget)
+        return self.known[choice, budget]
+
+    def _outcome(self, choice: Choice, budget: float) -> Outcome:
         sizes, seconds, is_run, held = self.sizes_with(choice.saved), self.seconds, self.is_run, choice.held
         change = [0] * (len(self.joint.backward_bytes) + 1)
-        bumps: list[tuple[int, int]] = []
+        chains: list[tuple[int, list[int], dict[int, int]]] = []
         born, last = dict.fromkeys(choice.saved, 0), dict[int, int]()
         done: set[int] = set()
         cost = 0.0
-        for start, _, reads in self.joint.stages:
+        for start, reads in self.stages:
             if missing := reads.keys() - born.keys():
                 chain, first_read = self._chain(missing, born)
                 last.update(dict.fromkeys(first_read, start))
                 cost += sum(seconds[v] for v in chain if is_run[v] or v in done)
                 done.update(chain)
-                stays = reads.keys() if held is None else reads.keys() | held
-                bumps.append((start, self._bump(chain, None if held is None else stays)))
+                chains.append((start, chain, reads))
                 for v in chain:
                     if held is None or v in held:
                         born[v] = last[v] = start
@@ -92,6 +98,15 @@ class Simulation:
                         change[start] += sizes[v]
                         change[reads[v] + 1] -= sizes[v]
             last.update(reads)
+        bumps: list[tuple[int, int]] = []
+        for start, chain, reads in chains:
+            if len(chain) == 1:
+                continue
+            passing = {v for v in chain if v not in reads and (v not in born or last[v] == start)}
+            if passing:
+                for v in passing & born.keys():
+                    del born[v]
+                bumps.append((start, self._bump(chain, passing)))
         for v, at in born.items():
             if v in last:
                 change[at] += sizes[v]
@@ -116,11 +131,9 @@ class Simulation:
                     todo.append(s)
         return sorted(found), read
 
-    def _bump(self, chain: Sequence[int], stays: Container[int] | None) -> int:
-        """By how much more is alive while a chain is computed than after it; `stays` is what is then alive, None for all."""
-        if stays is None:
-            return 0
-        inside, readers = set(chain), dict[int, int]()
+    def _bump(self, chain: Sequence[int], passing: Container[int]) -> int:
+        """By how much more is alive while a chain is computed than after it; what is `passing` is read in it alone."""
+        readers: dict[int, int] = {}
         for v in chain:
             for s in self.sources[v]:
                 readers[s] = readers.get(s, 0) + 1
@@ -130,7 +143,7 @@ class Simulation:
             most = max(most, live)
             for s in self.sources[v]:
                 readers[s] -= 1
-                if not readers[s] and s in inside and s not in stays:
+                if not readers[s] and s in passing:
                     live -= self.sizes[s]
         return most - live
 
@@ -222,6 +235,7 @@ class Search:
 
     def best(self, budget: float) -> tuple[Choice, Outcome] | None:
         """The cheapest choice found within a budget."""
+        self.simulate.known.clear()
         found: list[tuple[float, int, Choice]] = []
         for start in self.starts:
             choice = self.refilled(self.leaner(self.reduced(start, budget), budget), budget)
@@ -230,8 +244,11 @@ class Search:
                 found.append((outcome.seconds, len(found), choice))
             if found and self.effort < 1:
                 break
-        cheapest = [choice for _, _, choice in sorted(found)[:POLISHED]]
-        best = [self.polished(choice, budget) for choice in cheapest[: max(int(self.effort), 1)]]
+        cheapest = [choice for _, _, choice in sorted(found)]
+        rough = cheapest[: max(min(POLISHED, int(self.effort)), 1)]
+        if self.effort >= 2:  # those that hold all gain the most
+            rough += [choice for choice in cheapest if choice.held is None and choice not in rough]
+        best = [self.polished(choice, budget) for choice in rough]
         return min(best, key=lambda pair: pair[1].seconds, default=None)
 
     def polished(self, choice: Choice, budget: float) -> tuple[Choice, Outcome]:
@@ -264,7 +281,15 @@ class Search:
         return choice
 
     def reduced(self, choice: Choice, budget: float) -> Choice:
-        """Drop nodes until the peak fits, or nothing helps."""
+        """Save less, and hold less of what is computed again, until the peak fits, or nothing helps."""
+        choice = self._dropped("saved", choice, budget)
+        if self.effort >= 1 and self.simulate(choice, budget).excess > 0:
+            held = frozenset(range(len(self.joint.nodes))) if choice.held is None else choice.held
+            choice = self._dropped("held", choice._replace(held=held - choice.saved), budget)
+        return choice
+
+    def _dropped(self, what: str, choice: Choice, budget: float) -> Choice:
+        """`choice` without kinds of what is saved or held, the best ratio first, until the peak fits, or nothing helps."""
         here = self.simulate(choice, budget)
         scores = dict.fromkeys(self.kinds, math.inf)
         while here.excess > 0:
@@ -273,11 +298,11 @@ class Search:
             for kind in sorted(scores, key=lambda k: -scores[k]):
                 if best and scores[kind] <= scores[best[0]]:
                     break
-                members = [k for k in self.kinds[kind] if k in choice.saved]
+                members = [k for k in self.kinds[kind] if k in getattr(choice, what)]
                 if not members:
                     scores[kind] = -math.inf
                     continue
-                without = choice._replace(saved=choice.saved.difference(members))
+                without = choice._replace(**{what: getattr(choice, what).difference(members)})
                 there = self.simulate(without, budget)
                 scores[kind] = (here.excess - there.excess) / (max(there.seconds - here.seconds, 0.0) + TINY_S)
                 if there.excess < here.excess and (best is None or scores[kind] > scores[best[0]]):
@@ -286,7 +311,7 @@ class Search:
                 break
             kind, members, choice, here = best
             if here.excess == 0:
-                return self._kept(choice, members, budget)
+                return self._kept(what, choice, members, budget)
         return choice
 
     def leaner(self, choice: Choice, budget: float) -> Choice:
@@ -304,25 +329,26 @@ class Search:
         node = self.joint.nodes[self.kinds[kind][0]]
         return node.seconds / (node.bytes + 1)
 
-    def _kept(self, choice: Choice, members: Sequence[int], budget: float) -> Choice:
-        """Keep as many of the last of `members` as fit: what is computed again late is so while little else is alive."""
-        fits = lambda n: (
-            self.simulate(choice._replace(saved=choice.saved.union(members[len(members) - n :])), budget).excess == 0
-        )
+    def _kept(self, what: str, choice: Choice, members: Sequence[int], budget: float) -> Choice:
+        """Save or hold as many of the last of `members` as fit: what is computed again late is so while little is alive."""
+        more = lambda n: choice._replace(**{what: getattr(choice, what).union(members[len(members) - n :])})
         low, high = 0, len(members)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return choice._replace(saved=choice.saved.union(members[len(members) - low :]))
+            low, high = (middle, high) if self.simulate(more(middle), budget).excess == 0 else (low, middle - 1)
+        return more(low)
 
     def refilled(self, choice: Choice, budget: float) -> Choice:
-        """Keep again what has room, the most seconds per byte first."""
+        """Save and hold again what has room, the most seconds per byte first."""
         here = self.simulate(choice, budget)
-        for kind in sorted(self.kinds, key=self._worth, reverse=True):
-            members = [k for k in self.kinds[kind] if k not in choice.saved]
-            if members:
-                kept = self._kept(choice, members, budget)
-                there = self.simulate(kept, budget)
-                if there.peak <= budget and there.seconds < here.seconds:
-                    choice, here = kept, there
+        for what in ("saved", "held"):
+            if getattr(choice, what) is None:
+                continue
+            for kind in sorted(self.kinds, key=self._worth, reverse=True):
+                members = [k for k in self.kinds[kind] if k not in getattr(choice, what)]
+                if members:
+                    kept = self._kept(what, choice, members, budget)
+                    there = self.simulate(kept, budget)
+                    if there.peak <= budget and there.seconds < here.seconds:
+                        choice, here = kept, there
         return choice
