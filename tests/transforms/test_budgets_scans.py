@@ -227,11 +227,11 @@ def test_all_options(name):
     assert_all_options(SCANS[name], 20)
 
 
-def in_segments(f, args, lengths, saved):
+def in_segments(f, args, lengths, saved, is_staged=True):
     """The value and gradients of `f`, whose only scan keeps these nodes, None for all, in segments of these lengths."""
     planner, _ = planner_of(f, args, argnums=(0, 1))
     (only,) = planner.scans.values()
-    choice = search.Choice(search.everything(only.joint) if saved is None else saved)
+    choice = search.Choice(search.everything(only.joint) if saved is None else saved, is_staged=is_staged)
     made = planner._compiled(Proposal(planner.trace(Config((Option(choice, lengths, 0, 0),), Loops())), None, 0.0, 0))
     return lambda *values: planner.run(made, values)
 
@@ -245,8 +245,8 @@ def test_segments_of_any_length(lengths, reverse):
         c, ys = lax.scan(lambda c, x: (jnp.tanh(c @ w) + x, c * x), C, xs[:11], reverse=reverse)
         return jnp.sum(c) + jnp.sum(ys * jnp.arange(11.0)[:, None, None])
 
-    for keeps_all in (True, False):
-        got = in_segments(f, (W, XS), lengths, None if keeps_all else frozenset())(W, XS)
+    for saved, is_staged in ((None, True), (frozenset(), True), (frozenset(), False)):
+        got = in_segments(f, (W, XS), lengths, saved, is_staged)(W, XS)
         assert_close_values(got, jax.jit(jax.value_and_grad(f, (0, 1)))(W, XS))
 
 
@@ -304,7 +304,8 @@ def assert_any_choice(f, args, given, rounds=4):
         nodes = range(len(traced.joint.nodes))
         saved = {v for v in nodes if draw.random() < (0, 0.5, 0.9, 0.2)[k]} | search.pinned(traced.joint)
         held = frozenset(v for v in nodes if draw.random() < 0.5) if k % 2 else None
-        made = planner._compiled(Proposal(traced, search.Choice(frozenset(saved), held), 0.0, 0))
+        choice = search.Choice(frozenset(saved), held, is_staged=draw.random() < 0.7)
+        made = planner._compiled(Proposal(traced, choice, 0.0, 0))
         got = planner.run(made, values)
         shapes = lambda tree: jax.tree.map(lambda x: x.shape if x.dtype == jax.dtypes.float0 else x, tree)
         assert_close_values(shapes(got), shapes(want))

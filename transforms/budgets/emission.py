@@ -62,7 +62,7 @@ class Emission:
         made: dict[Any, Any] = {}
         done = {id(eqn) for eqn in self._forward()}
         last = {v: k for k, eqn in enumerate(self.joint.eqns[self.joint.split :]) for v in variables(eqn.invars)}
-        for stage in self.joint.stages:
+        for stage in self.choice.stages(self.joint):
             eqns = self.joint.eqns[self.joint.split + stage.start : self.joint.split + stage.stop]
             wanted = self._read_by(eqns)
             again = self._ordered(wanted, known)

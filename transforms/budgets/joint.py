@@ -90,7 +90,7 @@ class Joint:
       nodes: of the forward part, in program order; `node_of` a variable, `sources` the results of nodes that a variable is
         computed from, itself if it is one.
       results: of nodes with several.
-      stages: of the backward part.
+      stages: of the backward part; `whole` is all of it as one.
       forward_bytes: what is alive at each node of the forward part, if nothing is kept.
       backward_bytes: what the backward part itself has alive at each of its equations.
     """
@@ -212,6 +212,7 @@ class Joint:
         for start, stop in pairwise([*cuts, len(backward)]):
             reads = {s: k for k in range(start, stop) for s in self._nodes_of(backward[k])}
             self.stages.append(Stage(start, stop, reads))
+        self.whole = Stage(0, len(backward), {s: k for stage in self.stages for s, k in stage.reads.items()})
 
 
 def _minima(values: Sequence[int]) -> list[int]:

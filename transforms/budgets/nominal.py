@@ -18,6 +18,7 @@ class Nominal(NamedTuple):
         slower than all else that is done with them. On GPU they are taken once.
       stacked: how often what a step of a scan keeps is moved. It is written and read; on GPU it is copied into and out of the
         stack, too.
+      is_fusing: whether what a barrier hands on costs time, as it keeps apart what else were one kernel. On CPU it does not show.
       loop_s: the seconds to enter a loop.
     """
 
@@ -29,6 +30,7 @@ class Nominal(NamedTuple):
     new_bytes: float
     held: int
     stacked: int
+    is_fusing: bool
     loop_s: float
 
     def seconds(self, work: Work) -> float:
@@ -46,7 +48,7 @@ class Nominal(NamedTuple):
 
 
 NOMINAL = {
-    "cpu": Nominal(6e10, 6e9, 1e10, 1e11, 2**20, 2e9, 2**25, 2, 2e-5),
+    "cpu": Nominal(6e10, 6e9, 1e10, 1e11, 2**20, 2e9, 2**25, 2, False, 2e-5),
     # Of an H200, with products of float32 as precise as they are by default there.
-    "gpu": Nominal(4e14, 3e12, 3.5e12, 7e12, 2**24, float("inf"), 0, 4, 2e-5),
+    "gpu": Nominal(4e14, 3e12, 3.5e12, 7e12, 2**24, float("inf"), 0, 4, True, 2e-5),
 }

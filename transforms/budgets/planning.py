@@ -182,13 +182,22 @@ class Planner:
         tried = {(c.traced.config, c.choice): c for c in self.candidates}
         most, made = COMPILES if self.answers else COMPILES - 1, None  # the default is one of the first budget's
         aim = limit * self._bias(limit)
+
+        def sure():
+            """What fits also if predictions miss by as much as they did, or what XLA adds the least to."""
+            missing = max(c.bytes - c.predicted_bytes for c in tried.values() if c.bytes > limit)
+            aim = (limit - missing * (MISSING if missing > 0 else 1.0)) * MISSED
+            found = [*self._between_segments(limit * CLOSE), *filter(None, [self._propose(aim)])]
+            found = [p for p in found if (p.traced.config, p.choice) not in tried]
+            return min(found, key=lambda p: p.seconds, default=None)
+
         for _ in range(PROPOSALS):
             best = self.within(limit)
-            if most == 0 or (made and not best):  # what is left is for those below
+            if most == 0:
                 break
-            proposal = self._propose(aim)
+            proposal = sure() if made and not best else self._propose(aim)
             if proposal is None:
-                if best or aim > limit * MOST:
+                if made or best or aim > limit * MOST:
                     break
                 aim *= 1.03
                 continue
@@ -206,15 +215,7 @@ class Planner:
                 break
             aim = limit + made.predicted_bytes - made.bytes
             aim *= MISSED if made.bytes > limit else 1.0
-
-        def sure():
-            missing = max((c.bytes - c.predicted_bytes for c in tried.values() if c.bytes > limit), default=0)
-            aim = (limit - MISSING * max(missing, 0)) * MISSED
-            found = [*self._between_segments(limit * CLOSE), *filter(None, [self._propose(aim)])]
-            found = [p for p in found if (p.traced.config, p.choice) not in tried]
-            return min(found, key=lambda p: p.seconds, default=None)
-
-        for last in (sure, sure, lambda: self.plainest, lambda: self.smallest):
+        for last in (lambda: self.plainest, lambda: self.smallest):
             proposal = None if self.within(limit) else last()
             if proposal and (proposal.traced.config, proposal.choice) not in tried:
                 made = self._compiled(proposal)

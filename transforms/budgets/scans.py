@@ -137,7 +137,8 @@ class Scan:
             saved = saved - cheapest
             found.append(saved)
         near = (saved ^ frozenset(group) for saved in found for group in groups.values())
-        return list(map(Choice, dict.fromkeys([*found, *near])))
+        found = dict.fromkeys([*found, *near])
+        return [Choice(saved, is_staged=is_staged) for saved in found for is_staged in (False, True)]
 
     # ------------------------------------------------------------------------------------------------ how it runs
 

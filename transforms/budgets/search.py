@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .joint import Joint
+from .joint import Joint, Stage
 
 TINY_S = 1e-9
 PARTS = 4  # of a segment, between which values may be held
@@ -33,10 +33,16 @@ class Choice(NamedTuple):
     Attributes:
       saved: nodes that the forward part keeps for the backward part.
       held: nodes that are kept from the stage that computes them again to the last that reads them; None for all.
+      is_staged: whether each stage computes again what it reads. If not, all of that is computed at once.
     """
 
     saved: frozenset[int]
     held: frozenset[int] | None = None
+    is_staged: bool = True
+
+    def stages(self, joint: Joint) -> Sequence[Stage]:
+        """The stages of the backward part."""
+        return joint.stages if self.is_staged else [joint.whole]
 
 
 class Outcome(NamedTuple):
@@ -44,7 +50,7 @@ class Outcome(NamedTuple):
 
     Attributes:
       peak: in bytes.
-      seconds: of what it computes again, and to take so much memory, on the nominal machine.
+      seconds: of what it computes again, and to take so much memory or hand it on, on the nominal machine.
       excess: bytes above the budget, over all equations.
     """
 
@@ -58,17 +64,16 @@ class Simulation:
 
     Args:
       joint: the program.
-      is_new: whether it takes its memory anew, unlike the body of a loop.
+      is_new: whether it takes its memory anew, unlike the body of a loop. There, what stages hand on may count.
     """
 
     def __init__(self, joint: Joint, *, is_new: bool):
-        self.joint, self.is_new = joint, is_new
+        self.joint, self.machine, self.is_new = joint, joint.machine, is_new
         self.sizes = [node.bytes for node in joint.nodes]
         self.seconds = [node.seconds for node in joint.nodes]
         self.sources = [node.sources for node in joint.nodes]
         self.is_run = [node.is_run for node in joint.nodes]
         self.last_forward = np.array(joint.last_forward, np.int64)
-        self.stages = [(stage.start, stage.reads) for stage in joint.stages if stage.reads]
         self.known: dict[tuple[Choice, float], Outcome] = {}
 
     def __call__(self, choice: Choice, budget: float) -> Outcome:
@@ -80,17 +85,18 @@ class Simulation:
     def _outcome(self, choice: Choice, budget: float) -> Outcome:
         sizes, seconds, is_run, held = self.sizes_with(choice.saved), self.seconds, self.is_run, choice.held
         change = [0] * (len(self.joint.backward_bytes) + 1)
-        chains: list[tuple[int, list[int], dict[int, int]]] = []
+        chains: list[tuple[Stage, list[int]]] = []
         born, last = dict.fromkeys(choice.saved, 0), dict[int, int]()
         done: set[int] = set()
         cost = 0.0
-        for start, reads in self.stages:
+        for stage in choice.stages(self.joint):
+            start, _, reads = stage
             if missing := reads.keys() - born.keys():
                 chain, first_read = self._chain(missing, born)
                 last.update(dict.fromkeys(first_read, start))
                 cost += sum(seconds[v] for v in chain if is_run[v] or v in done)
                 done.update(chain)
-                chains.append((start, chain, reads))
+                chains.append((stage, chain))
                 for v in chain:
                     if held is None or v in held:
                         born[v] = last[v] = start
@@ -99,7 +105,10 @@ class Simulation:
                         change[reads[v] + 1] -= sizes[v]
             last.update(reads)
         bumps: list[tuple[int, int]] = []
-        for start, chain, reads in chains:
+        crossing = 0
+        for (start, stop, reads), chain in chains:
+            if self.machine.is_fusing and not self.is_new:
+                crossing += sum(sizes[v] for v in chain if v in born and last[v] >= stop)
             if len(chain) == 1:
                 continue
             passing = {v for v in chain if v not in reads and (v not in born or last[v] == start)}
@@ -117,7 +126,8 @@ class Simulation:
         before = self._forward(choice.saved, sizes)
         peak = int(max(profile.max(initial=0), before.max(initial=0)))
         excess = np.maximum(profile - budget, 0).sum() + np.maximum(before - budget, 0).sum()
-        return Outcome(peak, cost + self.is_new * self.joint.machine.taken(peak), float(excess))
+        cost += self.machine.taken(peak) if self.is_new else self.machine.moved(crossing, crossing)
+        return Outcome(peak, cost, float(excess))
 
     def _chain(self, wanted: Iterable[int], known: Container[int]) -> tuple[list[int], set[int]]:
         """What must be computed for what is wanted, in order, and what of the known this reads."""

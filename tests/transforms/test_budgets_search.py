@@ -1,0 +1,95 @@
+"""What the simulation of a choice counts, and what the search finds with it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from funcgrad.transforms.budgets import plans, search
+from funcgrad.transforms.budgets.nominal import NOMINAL
+from funcgrad.transforms.budgets.programs import Config, Proposal
+from funcgrad.transforms.budgets.scans import Scan
+from funcgrad.transforms.costs.backends import BACKENDS
+from funcgrad.transforms.loops import Loops
+from jax import lax
+
+from .. import trainings
+from .test_budgets_plans import unrolled
+
+NARROW, WIDE = jax.ShapeDtypeStruct((64, 64), jnp.float32), 4096
+INNER = 64 * WIDE * 4
+
+
+def planner_of(f, *args):
+    given = dict(argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=())
+    return plans._planner(jax.value_and_grad, f, args, {}, given, None, {})[0]
+
+
+def searched(f, *args):
+    planner = planner_of(f, *args)
+    return planner, planner.trace(Config((), Loops()))
+
+
+def passing(x):
+    """Layers with a wide product inside, which no backward pass reads."""
+    a, b = np.full((64, WIDE), 0.01, np.float32), np.full((WIDE, 64), 0.01, np.float32)
+    for _ in range(6):
+        x = jnp.tanh((x @ a) @ b)
+    return jnp.sum(x**2)
+
+
+@unrolled
+def test_what_is_read_on_the_way_alone_is_not_counted_together():
+    planner, traced = searched(passing, NARROW)
+    choice = search.Choice(search.pinned(traced.joint))
+    outcome = traced.search.simulate(choice, 0)
+    assert INNER < outcome.peak < 2 * INNER
+    made = planner._compiled(Proposal(traced, choice, outcome.seconds, outcome.peak))
+    assert made.bytes == pytest.approx(outcome.peak, rel=0.2)
+
+
+def resnet(**sizes):
+    return trainings.resnet(lambda layer: layer, **sizes)
+
+
+def test_some_of_what_is_computed_again_is_held():
+    """Between holding all of it, which does not fit, and nothing, which costs several times as much."""
+    loss, args = resnet(depth=6, channels=16, size=16, batch=16)
+    _, traced = searched(loss, *args)
+    found = traced.search
+    budget = 0.95 * min(found.simulate(s, 0).peak for s in found.starts if s.held is None)
+    choice, outcome = found.best(budget)
+    assert outcome.peak <= budget
+    assert choice.held
+    extremes = [found.refilled(s, budget) for s in found.starts if s.held == frozenset()]
+    nothing = [
+        o.seconds for s in extremes if (o := found.simulate(s._replace(held=frozenset()), budget)).peak <= budget
+    ]
+    assert outcome.seconds < 0.5 * min(nothing)
+
+
+def test_a_smaller_budget_never_gets_a_cheaper_choice():
+    loss, args = resnet(depth=4, channels=8, size=8, batch=4)
+    _, traced = searched(loss, *args)
+    whole = traced.search.simulate(search.Choice(search.everything(traced.joint)), 0).peak
+    found = [traced.search.best(part * whole) for part in np.linspace(0.2, 1, 9)]
+    seconds = [outcome.seconds for _, outcome in filter(None, found)]
+    assert len(seconds) > 4
+    assert all(more <= 1.05 * less for less, more in pairwise(seconds))
+
+
+def test_barriers_in_bodies_count_where_they_part_kernels():
+    """On GPU: what a step computes again is computed at once, where that fits."""
+    f = lambda w, xs: jnp.sum(lax.scan(lambda c, x: (jnp.tanh(jnp.tanh(c @ w) @ w) + x, None), xs[0], xs)[0])
+    (eqn,) = (
+        e for e in jax.make_jaxpr(f)(jnp.ones((64, 64)), jnp.ones((20, 32, 64))).eqns if e.primitive.name == "scan"
+    )
+    scan = Scan(eqn, BACKENDS["gpu"], NOMINAL["gpu"])
+    cheapest = next(o for o in scan.options if not o.choice.saved)
+    assert not cheapest.choice.is_staged
+    staged = scan._option(cheapest.choice._replace(is_staged=True), cheapest.lengths)
+    assert staged.bytes <= cheapest.bytes
+    assert staged.seconds > cheapest.seconds
