@@ -2,7 +2,7 @@
 
 By hand are no remat, every layer, products, all products but attention's, and segments of layers or of the steps of a scan, of
 several lengths. Budgets are parts of what no remat takes, and what each way by hand takes. FLOPs are held against the way by
-hand that fits with the fewest, time against the fastest that fits.
+hand that fits with the fewest, time against the fastest that fits. On a GPU the models are larger.
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ MODELS: dict[str, tuple[Callable, dict[str, int], tuple[int, ...]]] = {  # sizes
     "ResNet, 8 blocks": (trainings.resnet, {}, (2, 4)),
     "U-Net": (trainings.unet, {}, ()),
     "LSTM, 200 steps": (trainings.lstm, {}, (4, 8, 20, 50)),
+}
+LARGE: dict[str, dict[str, int]] = {  # sizes that keep a GPU busy
+    "MLP, 32 layers": {"width": 4096, "batch": 8192},
+    "transformer, 6 layers": {"width": 1024, "heads": 16, "time": 1024, "batch": 8},
+    "GPT, scan over 12 layers": {"width": 768, "heads": 12, "time": 1024, "batch": 8},
+    "ResNet, 8 blocks": {"channels": 64, "size": 64, "batch": 128},
+    "U-Net": {"channels": 32, "size": 256, "batch": 8},
+    "LSTM, 200 steps": {"width": 1024, "batch": 256},
 }
 SMALLEST = "smallest by hand"
 FORMS = "MLP", "transformer", "GPT"  # those that the figures for FLOPs are of
@@ -91,10 +99,11 @@ def run(quick: bool) -> list[dict[str, Any]]:
     if quick:
         make = partial(trainings.lstm, time=12, width=16, batch=8)
         return list(measured("LSTM, 12 steps", make, (), (0.75,), quick=True))
+    large = LARGE if jax.default_backend() == "gpu" else {}
     return [
         row
         for name, (make, sizes, segments) in MODELS.items()
-        for row in measured(name, partial(make, **sizes), segments, PARTS)
+        for row in measured(name, partial(make, **sizes | large.get(name, {})), segments, PARTS)
     ]
 
 
