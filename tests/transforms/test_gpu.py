@@ -10,7 +10,7 @@ from jax import lax
 
 import funcgrad as fg
 
-from ..checks import assert_close_values
+from ..checks import assert_near
 from ..trainings import trainings
 
 pytestmark = pytest.mark.gpu
@@ -75,8 +75,8 @@ def test_gradients_within_a_budget(f, memory, args):
     assert plan.compiled_bytes <= plan.limit_bytes < plan.default_bytes
     assert needed(plan.graph, *args) <= plan.limit_bytes
     want = jax.jit(fg.value_and_grad(f))(*args)
-    assert_close_values(plan.graph(*args), want)
-    assert_close_values(fg.value_and_grad(f, memory=memory)(*args), want)
+    assert_near(plan.graph(*args), want, 1e-4)  # libraries are chosen by trial, and differ in how they sum
+    assert_near(fg.value_and_grad(f, memory=memory)(*args), want, 1e-4)
 
 
 def test_maps_within_a_budget(args):

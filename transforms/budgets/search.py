@@ -2,7 +2,7 @@
 
 A simulation runs the two parts as `emission` lays them out. The search starts from what keeps everything, and from what keeps
 only the values between segments of stages. It drops nodes of one kind together, best ratio of bytes above the budget to
-seconds first, and then keeps again what has room.
+seconds first: from what is saved, then from what is held of what is computed again. Last, it keeps again what has room.
 """
 
 from __future__ import annotations
