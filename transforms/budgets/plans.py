@@ -1,11 +1,14 @@
-"""`Plan`: what a budget buys. `budgeted`: a derivative that keeps to one."""
+"""`Plan`: what a budget buys. `budgeted`: a derivative that keeps to one.
+
+What plans is imported when it is asked for, so that importing funcgrad is quick.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.tree_util import tree_flatten
@@ -19,9 +22,10 @@ from ..errors import ArgumentError, BudgetError, location
 from ..graph import Graph, trace
 from ..loops import Loops
 from ..selecting import BACKWARD, maker
-from .emission import AGAIN, Emission
-from .planning import Planner, placed
-from .programs import Call, Candidate
+
+if TYPE_CHECKING:
+    from .planning import Planner
+    from .programs import Candidate
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ def planned(
     transform: Callable, f: Callable, *args: Any, options: dict, loops: Loops | None, memory: Any, **kwargs: Any
 ) -> Plan:
     """What `budgeted` does at a call; `args` and `kwargs` may be types."""
+    from .emission import AGAIN, Emission
+
     limit = bytes_of(memory)
     planner, values = _planner(transform, f, args, kwargs, options, loops, {})
     chosen, compiles = _answer(planner, f, memory)
@@ -157,6 +163,9 @@ def _planner(
     known: dict[Any, Planner],
 ) -> tuple[Planner, list[Any]]:
     """The planner for a call, and what of the call is traced."""
+    from .planning import Planner, placed
+    from .programs import Call
+
     leaves, tree = tree_flatten((args, kwargs))
     is_traced = [hasattr(x, "dtype") or (isinstance(x, int | float | complex) and type(x) is not bool) for x in leaves]
     values = [x for x, ok in zip(leaves, is_traced, strict=True) if ok]
@@ -201,6 +210,8 @@ def _answer(planner: Planner, f: Callable, memory: Any) -> tuple[Candidate, int]
 
 def _parts(found: Iterable[tuple[Any, Any, int, float]]) -> tuple[Part, ...]:
     """Together by scope, the largest first."""
+    from .emission import AGAIN
+
     parts: dict[str, Part] = {}
     for path, eqn, size, flops in found:
         where = (
