@@ -39,6 +39,9 @@ def main() -> None:
     if unknown := {*options.which} - {*PARTS}:
         parser.error(f"no part is named {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
 
+    if options.quick:
+        jax.config.update("jax_disable_most_optimizations", True)  # LLVM takes most of the time else
+
     console, results, parts = Console(width=130), machine() | {"quick": options.quick}, {}
     console.print(" ".join(f"{name} {value}" for name, value in results.items()), highlight=False)
     for name in options.which or PARTS:

@@ -6,13 +6,12 @@ on an H200 with JAX 0.11.2. Sources: XLA's instruction_fusion.cc, and its priori
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 
 
-@dataclass(frozen=True)
-class Backend:
+class Backend(NamedTuple):
     """What one backend of XLA fuses.
 
     Attributes:
