@@ -180,7 +180,8 @@ class Planner:
         if self.default.bytes <= limit:
             return self.default
         tried = {(c.traced.config, c.choice): c for c in self.candidates}
-        most, made = COMPILES if self.answers else COMPILES - 1, None  # the default is one of the first budget's
+        # The default is one of the first budget's. Of others two are left for before a refusal, until one was refused.
+        most, made = COMPILES - (0 if "smallest" in vars(self) else 2 if self.answers else 1), None
         aim = limit * self._bias(limit)
 
         def sure():

@@ -137,8 +137,8 @@ class Scan:
             saved = saved - cheapest
             found.append(saved)
         near = (saved ^ frozenset(group) for saved in found for group in groups.values())
-        found = dict.fromkeys([*found, *near])
-        return [Choice(saved, is_staged=is_staged) for saved in found for is_staged in (False, True)]
+        kept = dict.fromkeys([*found, *near])
+        return [Choice(saved, is_staged=is_staged) for saved in kept for is_staged in (False, True)]
 
     # ------------------------------------------------------------------------------------------------ how it runs
 
