@@ -33,12 +33,14 @@ if _typing.TYPE_CHECKING:
     from .comparison import Comparison, Study, compare, study  # noqa: F401
     from .transforms.faults import NanOrigin, nan_origin  # noqa: F401
     from .transforms.kernels import Compiled, Kernel, compiled  # noqa: F401
+    from .transforms.patterns import Replaced, replace  # noqa: F401
     from .viewing import Diff, diff, show  # noqa: F401
 
-_LATER = {  # what one looks with is imported when it is asked for, so that importing funcgrad is quick
+_LATER = {  # what is rarely used is imported when it is asked for, so that importing funcgrad is quick
     "comparison": ("Comparison", "Study", "compare", "study"),
     "transforms.faults": ("NanOrigin", "nan_origin"),
     "transforms.kernels": ("Compiled", "Kernel", "compiled"),
+    "transforms.patterns": ("Replaced", "replace"),
     "viewing": ("Diff", "diff", "show"),
 }
 

@@ -94,5 +94,13 @@ def test_importing_loads_nothing_heavy():
 def test_importing_is_quick(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # it is compiled once, not at every import
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
-    code = "import jax, time; t = time.process_time(); import funcgrad; print(time.process_time() - t)"
-    assert min(float(run(code)) for _ in range(5)) < 0.06  # the least: what else runs on the machine only adds
+    code = """
+import time
+start = time.process_time()
+import jax
+between = time.process_time()
+import funcgrad
+print((time.process_time() - between) / (between - start))
+"""
+    # 60 ms where jax takes 514: both in one process, since machines and their moods differ. The least: what else runs only adds.
+    assert min(float(run(code)) for _ in range(5)) < 0.060 / 0.514

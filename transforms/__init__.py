@@ -42,7 +42,6 @@ from .graph import Graph, trace, walk
 from .interpreter import interpret, rewrite, verify
 from .living import live
 from .loops import Loops
-from .patterns import Replaced, replace
 from .probes import patch, tap
 from .residuals import Halves, Residual
 from .rules import Rules
@@ -65,7 +64,6 @@ __all__ = [
     "NotScalarError",
     "OptionError",
     "Plan",
-    "Replaced",
     "Residual",
     "RetraceError",
     "Rules",
@@ -88,7 +86,6 @@ __all__ = [
     "op",
     "patch",
     "plan",
-    "replace",
     "rewrite",
     "tap",
     "trace",
