@@ -762,6 +762,7 @@ def test_a_keyboard_interrupt_that_garbage_collection_swallows():
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above, should one be swallowed
 @pytest.mark.parametrize("chunk", ["auto", 1, 4])
 def test_a_keyboard_interrupt_loses_nothing(chunk):
     running, signalled = threading.Event(), threading.Event()

@@ -239,6 +239,15 @@ def test_second_derivatives(second):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
+def test_a_budget_inside_of_a_budget():
+    inner = fg.grad(scanned, memory="60%")
+    f, g = (lambda w, x, d=d: jnp.sum(d(w, x) ** 2) for d in (inner, jax.grad(scanned)))
+    plan = fg.plan(f, W, X, memory="80%")
+    assert plan.compiled_bytes <= 0.8 * plan.default_bytes
+    got, want = fg.value_and_grad(f, memory="80%")(W, X), jax.value_and_grad(g)(W, X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
 def test_hessian_of_the_value(budget):
     w, x = W[:4, :4], X[:, :4]
     got = jax.hessian(lambda w: fg.value_and_grad(scanned, memory="90%")(w, x)[0])(w)

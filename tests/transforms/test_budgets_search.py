@@ -16,6 +16,8 @@ from funcgrad.transforms.costs.backends import BACKENDS
 from funcgrad.transforms.loops import Loops
 from jax import lax
 
+import funcgrad as fg
+
 from .. import trainings
 from .test_budgets_plans import unrolled
 
@@ -49,6 +51,28 @@ def test_what_is_read_on_the_way_alone_is_not_counted_together():
     assert INNER < outcome.peak < 2 * INNER
     made = planner._compiled(Proposal(traced, choice, outcome.seconds, outcome.peak))
     assert made.bytes == pytest.approx(outcome.peak, rel=0.2)
+
+
+@pytest.mark.parametrize("memory", ["50%", "30%"])
+def test_a_gradient_without_its_value_costs_as_much(memory):
+    """Nothing that it returns needs the function to be computed, yet what is kept is."""
+    loss, args = trainings.mlp(lambda layer: layer, depth=8, width=64, batch=256)
+    extra = [fg.cost(m(loss, memory=memory), *args).flops for m in (fg.grad, fg.value_and_grad)]
+    default = [fg.cost(m(loss), *args).flops for m in (jax.grad, jax.value_and_grad)]
+    grad, both = (a / b - 1 for a, b in zip(extra, default, strict=True))
+    assert grad == pytest.approx(both, abs=0.05)
+    assert fg.cost(fg.grad(loss, memory="100%"), *args).flops == default[0]
+
+
+def test_what_is_remembered_of_chains_changes_nothing():
+    loss, args = resnet(depth=4, channels=8, size=8, batch=4)
+    joint = searched(loss, *args)[1].joint
+    draw, nodes, one = np.random.default_rng(0), range(len(joint.nodes)), search.Simulation(joint, is_new=True)
+    for _ in range(50):
+        saved, held = (frozenset(k for k in nodes if draw.random() < p) for p in (0.2, 0.8))
+        choice = search.Choice(saved | search.pinned(joint), held)
+        assert one(choice, 0) == search.Simulation(joint, is_new=True)(choice, 0)
+    assert len(one.chains) < 50 * len(joint.stages)
 
 
 def resnet(**sizes):

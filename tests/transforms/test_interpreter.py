@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,8 @@ from funcgrad.transforms import _jax
 from jax import lax
 
 import funcgrad as fg
+
+from ..checks import within_cpu_s
 
 COSINE = fg.Rules("cosine", {lax.sin_p: lambda eqn, x: lax.cos(x)})
 
@@ -130,9 +131,8 @@ def test_ten_thousand_equations_are_rewritten_in_seconds():
 
     graph = fg.trace(f, 1.0)
     assert len(graph.eqns) == 10_000
-    started = time.process_time()
-    new = fg.rewrite(graph, COSINE)
-    assert time.process_time() - started < 2  # seconds; 0.4 on a quiet core
+    with within_cpu_s(2):  # 0.4 on a quiet core
+        new = fg.rewrite(graph, COSINE)
     assert len(new.eqns) == 10_000
 
 

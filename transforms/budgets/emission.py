@@ -15,7 +15,7 @@ import jax
 from jax import lax
 
 from .. import _jax
-from .joint import Joint, variables
+from .joint import SEAM, Joint, mark_of, variables
 from .search import Choice
 
 AGAIN = "rematted_computation"  # JAX's own name for the scope of what is computed again
@@ -112,8 +112,12 @@ def read(env: dict[Any, Any], atom: Any) -> Any:
 
 
 def _bind(eqn: Any, env: dict[Any, Any]) -> None:
-    with _jax.context_of(eqn):
-        outputs = _jax.bind(eqn.primitive, eqn.params, [read(env, v) for v in eqn.invars])
+    values = [read(env, v) for v in eqn.invars]
+    if mark_of(eqn) == SEAM:
+        outputs = values
+    else:
+        with _jax.context_of(eqn):
+            outputs = _jax.bind(eqn.primitive, eqn.params, values)
     env.update(zip(eqn.outvars, outputs, strict=True))
 
 

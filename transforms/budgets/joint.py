@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -29,15 +30,16 @@ from ..living import run
 from .nominal import Nominal
 
 SEAM = "funcgrad.cotangent"  # where the backward part begins
+VALUE = "funcgrad.value"  # what the forward part comes to
 
 
 @jax.custom_vjp
 def seam(x: Any) -> Any:
-    """`x`, the result of the forward part; its cotangent is marked."""
+    """`x`, the result of the forward part; it and its cotangent are marked."""
     return x
 
 
-seam.defvjp(lambda x: (x, None), lambda _, cotangent: (checkpoint_name(cotangent, SEAM),))
+seam.defvjp(lambda x: (checkpoint_name(x, VALUE), None), lambda _, cotangent: (checkpoint_name(cotangent, SEAM),))
 
 
 MOST_STAGES = 32  # a stage that reads a larger part of what the backward part reads is cut
@@ -95,13 +97,16 @@ class Joint:
       backward_bytes: what the backward part itself has alive at each of its equations.
     """
 
-    def __init__(self, jaxpr: _jax.Jaxpr, backend: Backend, machine: Nominal, *, are_results_free: bool = True):
-        self.machine, self.jaxpr, self.inputs, self.outvars = machine, jaxpr, list(jaxpr.invars), list(jaxpr.outvars)
+    def __init__(self, closed: _jax.ClosedJaxpr, backend: Backend, machine: Nominal, *, are_results_free: bool = True):
+        # A gradient alone returns no value. Yet what leads to the value is computed first, and what is kept lies along it.
+        jaxpr = flattened(closed, are_marks_kept=True)
+        self.closed, self.machine = closed, machine
+        self.inputs, self.outvars = list(jaxpr.invars), list(jaxpr.outvars[: len(closed.jaxpr.outvars)])
         forward: list[Any] = []
         backward: list[Any] = []
         reached: set[Any] = set()
         for eqn in jaxpr.eqns:
-            if is_seam(eqn) or any(v in reached for v in _read(eqn)):
+            if mark_of(eqn) == SEAM or any(v in reached for v in _read(eqn)):
                 reached.update(eqn.outvars)
                 backward.append(eqn)
             else:
@@ -109,13 +114,18 @@ class Joint:
         self.eqns, self.split = [*forward, *backward], len(forward)
         made = [v for eqn in self.eqns for v in eqn.outvars]
         self.order = {v: k for k, v in enumerate([*self.inputs, *made])}
-        outputs = set(variables(self.outvars))
+        outputs = set(variables(jaxpr.outvars))
         measured = [_work(eqn, backend) for eqn in self.eqns]
         works, self.inner_bytes = [work for work, _ in measured], [size for _, size in measured]
         has_memory = _with_memory(jaxpr, backend)
         free = outputs if are_results_free else set[Any]()
         self._make_nodes(outputs, free, has_memory, works)
         self._make_stages(outputs, has_memory)
+
+    @cached_property
+    def jaxpr(self) -> _jax.Jaxpr:
+        """The program as it was traced."""
+        return flattened(self.closed)
 
     def _make_nodes(self, outputs: set[Any], free: set[Any], has_memory: set[int], works: Sequence[Work]) -> None:
         needed = set(outputs)
@@ -243,10 +253,18 @@ def _halved(start: int, stop: int, crossing: np.ndarray, read_before: np.ndarray
 # ------------------------------------------------------------------------------------------------ tracing
 
 
-def flattened(jaxpr: _jax.ClosedJaxpr) -> _jax.Jaxpr:
-    """A jaxpr whose constants are its first inputs, without dead code and without calls that mean nothing but their bodies."""
+def flattened(jaxpr: _jax.ClosedJaxpr, *, are_marks_kept: bool = False) -> _jax.Jaxpr:
+    """A jaxpr whose constants are its first inputs, without dead code and without calls that mean nothing but their bodies.
+
+    Where marks are kept, the value that has one is a result more.
+    """
+    marked: list[Any] = []
 
     def bind(eqn, values):
+        if (mark := mark_of(eqn)) == VALUE and are_marks_kept:
+            marked.extend(values)
+        if mark == VALUE or (mark == SEAM and not are_marks_kept):
+            return values
         if not layouts.is_plain(eqn):
             return _jax.bind(eqn.primitive, eqn.params, values)
         body = eqn.params["jaxpr"]
@@ -254,14 +272,14 @@ def flattened(jaxpr: _jax.ClosedJaxpr) -> _jax.Jaxpr:
 
     inner = jaxpr.jaxpr
     avals = [v.aval for v in (*inner.constvars, *inner.invars)]
-    flat = _jax.stage_flat(lambda *values: run(inner, values, bind), avals, _jax.no_names)
-    live, _ = _jax.dce_jaxpr(flat.jaxpr, [True] * len(inner.outvars), instantiate=True)
+    flat = _jax.stage_flat(lambda *values: [*run(inner, values, bind), *marked], avals, _jax.no_names)
+    live, _ = _jax.dce_jaxpr(flat.jaxpr, [True] * len(flat.jaxpr.outvars), instantiate=True)
     return live
 
 
-def is_seam(eqn: Any) -> bool:
-    """Whether the backward part begins with this equation."""
-    return eqn.primitive.name == "name" and eqn.params["name"] == SEAM
+def mark_of(eqn: Any) -> str:
+    """The name that an equation gives its operand. No program has marks in the end: other gradients may be around it."""
+    return eqn.params["name"] if eqn.primitive.name == "name" else ""
 
 
 class _Alone(NamedTuple):

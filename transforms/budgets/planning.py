@@ -131,7 +131,7 @@ class Planner:
                 return [x for x, ok in zip(leaves, is_array, strict=True) if ok]
 
             closed = _jax.stage_flat(flat, [v.aval for v in self.flat.invars], _jax.no_names)
-            joint = Joint(flattened(closed), self.backend, self.machine)
+            joint = Joint(closed, self.backend, self.machine)
             self.traced[config] = Traced(config, joint, list(closed.consts), Search(joint), *results)
         return self.traced[config]
 

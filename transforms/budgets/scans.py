@@ -25,7 +25,7 @@ from .. import _jax, layouts
 from ..costs.backends import Backend
 from ..costs.operations import nbytes
 from .emission import AGAIN, Emission, read
-from .joint import SEAM, Joint, flattened
+from .joint import SEAM, Joint
 from .nominal import Nominal
 from .search import Choice, Simulation, everything
 
@@ -57,7 +57,7 @@ class Scan:
         self.is_in, self.is_out = [_is_float(a) for a in self.avals], [_is_float(a) for a in self.out_avals]
         cts = [a for a, is_float in zip(self.out_avals, self.is_out, strict=True) if is_float]
         closed = _jax.stage_flat(self._pulled, [*cts, *self.avals], _jax.no_names)
-        self.joint = Joint(flattened(closed), backend, machine, are_results_free=False)
+        self.joint = Joint(closed, backend, machine, are_results_free=False)
 
     def _pulled(self, *values):
         """The body and its pull-back, of cotangents and inputs."""

@@ -8,8 +8,9 @@ seconds first: from what is saved, then from what is held of what is computed ag
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from .joint import Joint, Stage
 TINY_S = 1e-9
 PARTS = 4  # of a segment, between which values may be held
 EQUATIONS = 3000  # in larger programs less is tried
+HURRIED = 0.5  # with less effort, the first choice found is taken
 STARTS = 2  # of each kind that are tried
 POLISHED = 3  # of the best
 SINGLES = 200  # nodes that are tried one by one in the end
@@ -59,6 +61,24 @@ class Outcome(NamedTuple):
     excess: float
 
 
+class Chain(NamedTuple):
+    """What a stage computes again.
+
+    Attributes:
+      nodes: these.
+      sources: nodes that are there already, and that these read.
+      unread: of the nodes, those that only others of them may read.
+      seconds: to compute all of them.
+      bumps: what `Simulation` found of how much is alive meanwhile.
+    """
+
+    nodes: frozenset[int]
+    sources: frozenset[int]
+    unread: frozenset[int]
+    seconds: float
+    bumps: dict[frozenset[int], int]
+
+
 class Simulation:
     """The memory and time of choices, as they would be if equations ran in their order.
 
@@ -72,9 +92,10 @@ class Simulation:
         self.sizes = [node.bytes for node in joint.nodes]
         self.seconds = [node.seconds for node in joint.nodes]
         self.sources = [node.sources for node in joint.nodes]
-        self.is_run = [node.is_run for node in joint.nodes]
+        self.not_run = frozenset(k for k, node in enumerate(joint.nodes) if not node.is_run)
         self.last_forward = np.array(joint.last_forward, np.int64)
         self.known: dict[tuple[Choice, float], Outcome] = {}
+        self.chains: dict[tuple[int, frozenset[int]], Chain] = {}
 
     def __call__(self, choice: Choice, budget: float) -> Outcome:
         """The outcome of a choice."""
@@ -83,35 +104,33 @@ class Simulation:
         return self.known[choice, budget]
 
     def _outcome(self, choice: Choice, budget: float) -> Outcome:
-        sizes, seconds, is_run, held = self.sizes_with(choice.saved), self.seconds, self.is_run, choice.held
+        sizes, held = self.sizes_with(choice.saved), choice.held
         change = [0] * (len(self.joint.backward_bytes) + 1)
-        chains: list[tuple[Stage, list[int]]] = []
+        chains: list[tuple[Stage, Chain]] = []
         born, last = dict.fromkeys(choice.saved, 0), dict[int, int]()
         done: set[int] = set()
         cost = 0.0
         for stage in choice.stages(self.joint):
             start, _, reads = stage
-            if missing := reads.keys() - born.keys():
-                chain, first_read = self._chain(missing, born)
-                last.update(dict.fromkeys(first_read, start))
-                cost += sum(seconds[v] for v in chain if is_run[v] or v in done)
-                done.update(chain)
+            if missing := frozenset([v for v in reads if v not in born]):  # quicker than the difference of two views
+                chain = self._chain(stage, missing, born)
+                last.update(dict.fromkeys(chain.sources, start))
+                cost += chain.seconds - sum(self.seconds[v] for v in (chain.nodes & self.not_run) - done)
+                done |= chain.nodes
                 chains.append((stage, chain))
-                for v in chain:
-                    if held is None or v in held:
-                        born[v] = last[v] = start
-                    elif v in reads:
-                        change[start] += sizes[v]
-                        change[reads[v] + 1] -= sizes[v]
+                kept = chain.nodes if held is None else chain.nodes & held
+                born.update(dict.fromkeys(kept, start))
+                last.update(dict.fromkeys(kept, start))
+                for v in missing - kept:
+                    change[start] += sizes[v]
+                    change[reads[v] + 1] -= sizes[v]
             last.update(reads)
         bumps: list[tuple[int, int]] = []
         crossing = 0
-        for (start, stop, reads), chain in chains:
+        for (start, stop, _), chain in chains:
             if self.machine.is_fusing and not self.is_new:
-                crossing += sum(sizes[v] for v in chain if v in born and last[v] >= stop)
-            if len(chain) == 1:
-                continue
-            passing = {v for v in chain if v not in reads and (v not in born or last[v] == start)}
+                crossing += sum(sizes[v] for v in chain.nodes if v in born and last[v] >= stop)
+            passing = frozenset(v for v in chain.unread if v not in born or last[v] == start)
             if passing:
                 for v in passing & born.keys():
                     del born[v]
@@ -129,9 +148,13 @@ class Simulation:
         cost += self.machine.taken(peak) if self.is_new else self.machine.moved(crossing, crossing)
         return Outcome(peak, cost, float(excess))
 
-    def _chain(self, wanted: Iterable[int], known: Container[int]) -> tuple[list[int], set[int]]:
-        """What must be computed for what is wanted, in order, and what of the known this reads."""
-        found, read, todo = set(wanted), set[int](), list(wanted)
+    def _chain(self, stage: Stage, missing: frozenset[int], known: dict[int, int]) -> Chain:
+        """What a stage must compute for what it misses; mostly what it did in the choice before."""
+        key = stage.start, missing
+        chain = self.chains.get(key)
+        if chain and known.keys() >= chain.sources and known.keys().isdisjoint(chain.nodes):
+            return chain
+        found, read, todo = set(missing), set[int](), list(missing)
         while todo:
             for s in self.sources[todo.pop()]:
                 if s in known:
@@ -139,23 +162,29 @@ class Simulation:
                 elif s not in found:
                     found.add(s)
                     todo.append(s)
-        return sorted(found), read
+        seconds = sum(self.seconds[v] for v in found)
+        chain = self.chains[key] = Chain(
+            frozenset(found), frozenset(read), frozenset(found - stage.reads.keys()), seconds, {}
+        )
+        return chain
 
-    def _bump(self, chain: Sequence[int], passing: Container[int]) -> int:
+    def _bump(self, chain: Chain, passing: frozenset[int]) -> int:
         """By how much more is alive while a chain is computed than after it; what is `passing` is read in it alone."""
-        readers: dict[int, int] = {}
-        for v in chain:
-            for s in self.sources[v]:
-                readers[s] = readers.get(s, 0) + 1
-        live = most = 0
-        for v in chain:
-            live += self.sizes[v]
-            most = max(most, live)
-            for s in self.sources[v]:
-                readers[s] -= 1
-                if not readers[s] and s in passing:
-                    live -= self.sizes[s]
-        return most - live
+        if passing not in chain.bumps:
+            readers: dict[int, int] = {}
+            for v in chain.nodes:
+                for s in self.sources[v]:
+                    readers[s] = readers.get(s, 0) + 1
+            live = most = 0
+            for v in sorted(chain.nodes):
+                live += self.sizes[v]
+                most = max(most, live)
+                for s in self.sources[v]:
+                    readers[s] -= 1
+                    if not readers[s] and s in passing:
+                        live -= self.sizes[s]
+            chain.bumps[passing] = most - live
+        return chain.bumps[passing]
 
     def sizes_with(self, saved: frozenset[int]) -> list[int]:
         """The bytes of each node; of the results of what is saved only those that something reads later."""
@@ -252,7 +281,7 @@ class Search:
             outcome = self.simulate(choice, budget)
             if outcome.peak <= budget:
                 found.append((outcome.seconds, len(found), choice))
-            if found and self.effort < 1:
+            if found and self.effort < HURRIED:
                 break
         cheapest = [choice for _, _, choice in sorted(found)]
         rough = cheapest[: max(min(POLISHED, int(self.effort)), 1)]
@@ -293,7 +322,7 @@ class Search:
     def reduced(self, choice: Choice, budget: float) -> Choice:
         """Save less, and hold less of what is computed again, until the peak fits, or nothing helps."""
         choice = self._dropped("saved", choice, budget)
-        if self.effort >= 1 and self.simulate(choice, budget).excess > 0:
+        if self.simulate(choice, budget).excess > 0:
             held = frozenset(range(len(self.joint.nodes))) if choice.held is None else choice.held
             choice = self._dropped("held", choice._replace(held=held - choice.saved), budget)
         return choice
@@ -342,11 +371,10 @@ class Search:
     def _kept(self, what: str, choice: Choice, members: Sequence[int], budget: float) -> Choice:
         """Save or hold as many of the last of `members` as fit: what is computed again late is so while little is alive."""
         more = lambda n: choice._replace(**{what: getattr(choice, what).union(members[len(members) - n :])})
-        low, high = 0, len(members)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.simulate(more(middle), budget).excess == 0 else (low, middle - 1)
-        return more(low)
+        misfits = lambda n: self.simulate(more(n), budget).excess > 0
+        if not misfits(len(members)):
+            return more(len(members))
+        return choice if misfits(1) else more(bisect_left(range(1, len(members)), True, key=misfits))
 
     def refilled(self, choice: Choice, budget: float) -> Choice:
         """Save and hold again what has room, the most seconds per byte first."""
