@@ -26,6 +26,7 @@ PARTS = (
     "evaluations",
     "chunks",
     "budgets",
+    "searching",
     "faults",
 )
 

@@ -26,6 +26,7 @@ from benchmarks import (
     models,
     recording,
     rewriting,
+    searching,
     training,
 )
 
@@ -41,6 +42,7 @@ PARTS = {
     "evaluations": evaluations,
     "chunks": chunks,
     "budgets": budgets,
+    "searching": searching,
     "faults": faults,
 }
 ROOT = Path(__file__).parent.parent

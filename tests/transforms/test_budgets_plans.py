@@ -154,6 +154,15 @@ def test_plans_inside_of_traces(around):
         assert 1 < count.compiles <= COMPILES
 
 
+def test_a_budget_that_was_refused_gets_a_program_that_another_budget_had_compiled():
+    planner, _ = planner_of(scanned, W, X)
+    more, less = 0.7 * planner.default.bytes, 0.6 * planner.default.bytes
+    with mock.patch.object(Planner, "_found", return_value=None):
+        assert planner.within_budget(more) is None
+    assert planner.within_budget(less).bytes <= less
+    assert planner.within_budget(more).bytes <= more
+
+
 # ------------------------------------------------------------------------------------------------ errors
 
 

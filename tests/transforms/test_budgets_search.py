@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.budgets import plans, search
+from funcgrad.transforms.budgets import joint, plans, search
 from funcgrad.transforms.budgets.nominal import NOMINAL
 from funcgrad.transforms.budgets.programs import Config, Proposal
 from funcgrad.transforms.budgets.scans import Scan
@@ -53,6 +54,17 @@ def test_what_is_read_on_the_way_alone_is_not_counted_together():
     assert made.bytes == pytest.approx(outcome.peak, rel=0.2)
 
 
+@unrolled
+def test_what_only_the_value_needs_takes_no_room_in_its_gradient():
+    def f(ws, x):
+        x = functools.reduce(lambda x, w: jnp.tanh(x @ w), ws, x)
+        return jnp.mean(x**2) + lax.stop_gradient(jnp.mean(jnp.sort(jnp.outer(x[:, 0], x[:, 1]))))
+
+    args = [jax.ShapeDtypeStruct((64, 64), jnp.float32)] * 16, jax.ShapeDtypeStruct((2000, 64), jnp.float32)
+    of = lambda g: jax.jit(g).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    assert of(fg.grad(f, memory="60%")) <= 0.6 * of(jax.grad(f))
+
+
 @pytest.mark.parametrize("memory", ["50%", "30%"])
 def test_a_gradient_without_its_value_costs_as_much(memory):
     """Nothing that it returns needs the function to be computed, yet what is kept is."""
@@ -60,19 +72,19 @@ def test_a_gradient_without_its_value_costs_as_much(memory):
     extra = [fg.cost(m(loss, memory=memory), *args).flops for m in (fg.grad, fg.value_and_grad)]
     default = [fg.cost(m(loss), *args).flops for m in (jax.grad, jax.value_and_grad)]
     grad, both = (a / b - 1 for a, b in zip(extra, default, strict=True))
-    assert grad == pytest.approx(both, abs=0.05)
+    assert grad == pytest.approx(both, abs=0.06)
     assert fg.cost(fg.grad(loss, memory="100%"), *args).flops == default[0]
 
 
 def test_what_is_remembered_of_chains_changes_nothing():
     loss, args = resnet(depth=4, channels=8, size=8, batch=4)
-    joint = searched(loss, *args)[1].joint
-    draw, nodes, one = np.random.default_rng(0), range(len(joint.nodes)), search.Simulation(joint, is_new=True)
+    program = searched(loss, *args)[1].joint
+    draw, nodes, one = np.random.default_rng(0), range(len(program.nodes)), search.Simulation(program, is_new=True)
     for _ in range(50):
         saved, held = (frozenset(k for k in nodes if draw.random() < p) for p in (0.2, 0.8))
-        choice = search.Choice(saved | search.pinned(joint), held)
-        assert one(choice, 0) == search.Simulation(joint, is_new=True)(choice, 0)
-    assert len(one.chains) < 50 * len(joint.stages)
+        choice = search.Choice(saved | search.pinned(program), held, is_staged=draw.random() < 0.8)
+        assert one(choice, 0) == search.Simulation(program, is_new=True)(choice, 0)
+    assert len(one.chains) < 50 * len(program.stages)
 
 
 def resnet(**sizes):
@@ -103,6 +115,32 @@ def test_a_smaller_budget_never_gets_a_cheaper_choice():
     seconds = [outcome.seconds for _, outcome in filter(None, found)]
     assert len(seconds) > 4
     assert all(more <= 1.05 * less for less, more in pairwise(seconds))
+
+
+@pytest.mark.parametrize("f", [lambda x: x @ x, lambda x: jnp.exp(x @ x + x @ x.T)])
+def test_a_mask_of_what_has_memory_needs_none(f):
+    """On GPU: what two read is not computed again where it is a product, or expensive."""
+
+    def program(x, y):
+        z = f(x)
+        mask = z > 1
+        return jnp.where(mask, z, 0.0) @ y, jnp.where(mask, y, 0.0) @ x
+
+    jaxpr = jax.make_jaxpr(program)(jnp.ones((64, 64)), jnp.ones((64, 64))).jaxpr
+    masks = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "gt"]
+    assert masks
+    assert not joint._with_memory(jaxpr, BACKENDS["gpu"]) & set(map(id, masks))
+
+
+def test_large_products_on_gpus_have_room_to_work_in():
+    closed = jax.make_jaxpr(lambda x: x @ x)(jax.ShapeDtypeStruct((512, 512), jnp.float32))
+    room = [sum(joint.Joint(closed, BACKENDS[p], NOMINAL[p]).inner_bytes) for p in ("cpu", "gpu")]
+    assert room == [0, 2**25]
+
+
+def test_a_scan_with_nothing_to_choose_is_left_alone():
+    f = lambda x: jnp.sum(lax.scan(lambda c, y: (c + y, None), x, jnp.stack([x, 2 * x]))[0] ** 2)
+    assert not planner_of(f, NARROW).scans
 
 
 def test_barriers_in_bodies_count_where_they_part_kernels():

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from .. import _jax, layouts
 from ..costs.backends import Backend
-from ..costs.materialised import copied_bytes, materialised, temp_bytes
+from ..costs.materialised import copied_bytes, materialised, temp_bytes, workspace_bytes
 from ..costs.operations import Work, nbytes
 from ..costs.steps import Unfolding, Value, total
 from ..living import run
@@ -53,7 +53,8 @@ class Node(NamedTuple):
       bytes: of its results, those that the program returns left out.
       seconds: to compute it once more on a nominal machine, with what is computed where it reads.
       sources: the nodes that it reads.
-      is_run: whether the results of the forward part need it, so that in the backward part it is computed a second time.
+      is_run: whether the value or other results of the forward part need it, so that in the backward part it is computed a
+        second time.
       is_pinned: whether it is computed only once, for its effects, or is returned anyway.
       kind: equal for nodes that do the same.
     """
@@ -98,40 +99,38 @@ class Joint:
     """
 
     def __init__(self, closed: _jax.ClosedJaxpr, backend: Backend, machine: Nominal, *, are_results_free: bool = True):
-        # A gradient alone returns no value. Yet what leads to the value is computed first, and what is kept lies along it.
-        jaxpr = flattened(closed, are_marks_kept=True)
         self.closed, self.machine = closed, machine
-        self.inputs, self.outvars = list(jaxpr.invars), list(jaxpr.outvars[: len(closed.jaxpr.outvars)])
-        forward: list[Any] = []
-        backward: list[Any] = []
+        whole, n = flattened(closed, are_marks_kept=True), len(closed.jaxpr.outvars)
+        jaxpr, _ = _jax.dce_jaxpr(whole, [k < n for k in range(len(whole.outvars))], instantiate=True)
+        self.inputs, self.outvars = list(jaxpr.invars), list(jaxpr.outvars)
         reached: set[Any] = set()
-        for eqn in jaxpr.eqns:
-            if mark_of(eqn) == SEAM or any(v in reached for v in _read(eqn)):
+        is_backward = lambda eqn: mark_of(eqn) == SEAM or not reached.isdisjoint(_read(eqn))
+        for eqn in whole.eqns:
+            if is_backward(eqn):
                 reached.update(eqn.outvars)
-                backward.append(eqn)
-            else:
-                forward.append(eqn)
-        self.eqns, self.split = [*forward, *backward], len(forward)
+        # Of a gradient alone too: what is kept lies on the way to the value, even where that is not returned.
+        needed = set(variables(whole.outvars))
+        for eqn in reversed(whole.eqns):
+            if not is_backward(eqn) and (eqn.effects or not needed.isdisjoint(eqn.outvars)):
+                needed.update(_read(eqn))
+        self.eqns = sorted(jaxpr.eqns, key=is_backward)
+        self.split = sum(not is_backward(eqn) for eqn in jaxpr.eqns)
         made = [v for eqn in self.eqns for v in eqn.outvars]
         self.order = {v: k for k, v in enumerate([*self.inputs, *made])}
-        outputs = set(variables(jaxpr.outvars))
+        outputs = set(variables(self.outvars))
         measured = [_work(eqn, backend) for eqn in self.eqns]
         works, self.inner_bytes = [work for work, _ in measured], [size for _, size in measured]
         has_memory = _with_memory(jaxpr, backend)
         free = outputs if are_results_free else set[Any]()
-        self._make_nodes(outputs, free, has_memory, works)
+        self._make_nodes(needed, free, has_memory, works)
         self._make_stages(outputs, has_memory)
 
     @cached_property
     def jaxpr(self) -> _jax.Jaxpr:
-        """The program as it was traced."""
+        """The program as it was traced, without marks."""
         return flattened(self.closed)
 
-    def _make_nodes(self, outputs: set[Any], free: set[Any], has_memory: set[int], works: Sequence[Work]) -> None:
-        needed = set(outputs)
-        for eqn in reversed(self.eqns[: self.split]):
-            if eqn.effects or any(v in needed for v in eqn.outvars):
-                needed.update(_read(eqn))
+    def _make_nodes(self, needed: set[Any], free: set[Any], has_memory: set[int], works: Sequence[Work]) -> None:
         self.nodes: list[Node] = []
         machine = self.machine
         self.node_of: dict[Any, int] = {}
@@ -256,7 +255,7 @@ def _halved(start: int, stop: int, crossing: np.ndarray, read_before: np.ndarray
 def flattened(jaxpr: _jax.ClosedJaxpr, *, are_marks_kept: bool = False) -> _jax.Jaxpr:
     """A jaxpr whose constants are its first inputs, without dead code and without calls that mean nothing but their bodies.
 
-    Where marks are kept, the value that has one is a result more.
+    Marks are dropped, those of other gradients inside; or of one gradient kept, and then the value that has one comes last.
     """
     marked: list[Any] = []
 
@@ -296,13 +295,14 @@ def _unfolding() -> Unfolding:
 
 
 def _work(eqn: Any, backend: Backend) -> tuple[Work, int]:
-    """The work of an equation, and the bytes that it needs inside: those of its bodies, and of copies of its operands."""
+    """The work of an equation, and the bytes that it needs inside: of its bodies, of copies of its operands, to work in."""
     read = _read(eqn)
     steps, results = _unfolding().unfolded(
         _Alone([eqn], read, outvars=eqn.outvars), [_argument(v) for v in read], (), 1
     )
-    inside = temp_bytes(steps, results, backend) if layouts.has_bodies(eqn.primitive) else copied_bytes(eqn, backend)
-    return total(steps), inside
+    if layouts.has_bodies(eqn.primitive):
+        return total(steps), temp_bytes(steps, results, backend)
+    return total(steps), copied_bytes(eqn, backend) + workspace_bytes(eqn, backend)
 
 
 def _with_memory(jaxpr: _jax.Jaxpr, backend: Backend) -> set[int]:

@@ -18,7 +18,8 @@ class Nominal(NamedTuple):
         slower than all else that is done with them. On GPU they are taken once.
       stacked: how often what a step of a scan keeps is moved. It is written and read; on GPU it is copied into and out of the
         stack, too.
-      is_fusing: whether what a barrier hands on costs time, as it keeps apart what else were one kernel. On CPU it does not show.
+      is_fusing: whether what a barrier in the body of a loop hands on costs time, as it keeps apart what else were one kernel. On
+        CPU it does not show.
       loop_s: the seconds to enter a loop.
     """
 

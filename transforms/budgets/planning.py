@@ -1,8 +1,8 @@
 """Planning: programs within a budget, compiled and measured.
 
 For one function and arguments of one type, a `Planner` keeps every program that it has compiled, with its measured bytes. A
-budget is answered by the cheapest of them that fits, after at most `COMPILES` more have been tried; one or two more, where
-before a refusal the sure programs were not sure. Of budgets that are asked for one after the other, a smaller one gets no
+budget is answered by the cheapest of them that fits, after at most `COMPILES` more have been tried; one or two more, the
+plainest and the smallest, where none of these fits. Of budgets that are asked for one after the other, a smaller one gets no
 bigger program.
 """
 
@@ -101,7 +101,7 @@ class Planner:
         """The joint program of a configuration."""
         if config not in self.traced:
             options = dict(zip(self.scans, config.scans, strict=True)) if config.scans else {}
-            planned = {id(self.flat.eqns[k]): (self.scans[k], option) for k, option in options.items() if option}
+            planned = {id(self.flat.eqns[k]): (self.scans[k], option) for k, option in options.items()}
 
             results: list[Any] = []
 
@@ -146,9 +146,11 @@ class Planner:
     def _compiled(self, proposal: Proposal) -> Candidate:
         traced, choice, seconds, predicted = proposal
         joint = traced.joint
-        whole = _jax.jaxpr_as_fun(_jax.close(joint.jaxpr))
-        emission = choice and Emission(joint, choice)
-        program = jax.jit(lambda *values: emission.whole(values) if emission else whole(*values))
+        if choice:
+            whole = Emission(joint, choice).whole
+            program = jax.jit(lambda *values: whole(values))
+        else:
+            program = jax.jit(_jax.jaxpr_as_fun(_jax.close(joint.jaxpr)))
         shardings = [*map(placed, traced.consts), *self.shardings]
         structs = [_struct(v.aval, sharding) for v, sharding in zip(joint.inputs, shardings, strict=True)]
         analysis: Any = program.lower(*structs).compile().memory_analysis()
@@ -170,9 +172,10 @@ class Planner:
         return min(fitting, key=lambda c: c.seconds, default=None)
 
     def within_budget(self, limit: float) -> Candidate | None:
-        """The cheapest program found within so many bytes; None if none fits. A budget's answer stays."""
+        """The cheapest program found within so many bytes; None if none fits. A budget's program stays."""
         if limit not in self.answers:
             self.answers[limit] = self._found(limit)
+        self.answers[limit] = self.answers[limit] or self.within(limit)  # of what other budgets had compiled since
         return self.answers[limit]
 
     def _found(self, limit: float) -> Candidate | None:
@@ -180,9 +183,10 @@ class Planner:
         if self.default.bytes <= limit:
             return self.default
         tried = {(c.traced.config, c.choice): c for c in self.candidates}
-        # The default is one of the first budget's. Of others two are left for before a refusal, until one was refused.
-        most, made = COMPILES - (0 if "smallest" in vars(self) else 2 if self.answers else 1), None
-        aim = limit * self._bias(limit)
+        # The default is one of the first budget's. Of others two are left for the last ones, until these were compiled.
+        was_refused = None in self.answers.values()
+        most, made = COMPILES - (0 if was_refused else 2 if self.answers else 1), None
+        aim, ceiling = limit * self._bias(limit), limit * MOST
 
         def sure():
             """What fits also if predictions miss by as much as they did, or what XLA adds the least to."""
@@ -196,23 +200,27 @@ class Planner:
             best = self.within(limit)
             if most == 0:
                 break
-            proposal = sure() if made and not best else self._propose(aim)
+            is_sure = bool(made and not best)
+            proposal = sure() if is_sure else self._propose(aim)
             if proposal is None:
-                if made or best or aim > limit * MOST:
+                if made or best or aim > ceiling:
                     break
                 aim *= 1.03
                 continue
             key = proposal.traced.config, proposal.choice
             if key in tried:
-                if best and (tried[key].bytes > limit or aim > limit * MOST):
+                if tried[key].bytes > limit:
+                    ceiling, aim = aim, aim * 0.97
+                elif aim > ceiling * 0.95:
                     break
-                aim *= 1.03 if best else 0.97
+                else:
+                    aim *= 1.03
                 continue
             if best and proposal.seconds >= best.seconds:
                 break
             made, most = self._compiled(proposal), most - 1
             tried[key] = made
-            if CLOSE * limit <= made.bytes <= limit:
+            if CLOSE * limit <= made.bytes <= limit and not is_sure:
                 break
             aim = limit + made.predicted_bytes - made.bytes
             aim *= MISSED if made.bytes > limit else 1.0
@@ -248,7 +256,7 @@ class Planner:
     def _between_segments(self, aim: float) -> list[Proposal]:
         """Programs that keep only what lies between segments, as one does by hand: XLA adds the least to these."""
         traced = self.smallest.traced if self.scans and self.smallest else self.default.traced
-        again = sum(option.seconds for option in traced.config.scans if option)
+        again = sum(option.seconds for option in traced.config.scans)
         starts = ((start, traced.search.simulate(start, 0)) for start in traced.search.starts)
         return [Proposal(traced, start, again + o.seconds, o.peak) for start, o in starts if o.peak <= aim]
 

@@ -108,12 +108,12 @@ def budgeted(transform: Callable, f: Callable, *, options: dict, loops: Loops | 
 
     What is planned is kept, by the types of the arguments and the values of those that are not traced.
     """
-    bytes_of(memory)
+    limit = bytes_of(memory)
     known: dict[Any, Planner] = {}
 
     def derived(*args, **kwargs):
         planner, values = _planner(transform, f, args, kwargs, options, loops, known)
-        return planner.run(_answer(planner, f, memory)[0], values)
+        return planner.run(_answer(planner, f, limit)[0], values)
 
     return derived
 
@@ -126,7 +126,7 @@ def planned(
 
     limit = bytes_of(memory)
     planner, values = _planner(transform, f, args, kwargs, options, loops, {})
-    chosen, compiles = _answer(planner, f, memory)
+    chosen, compiles = _answer(planner, f, limit)
     graph, default = (trace(lambda *values, c=c: planner.run(c, values), *values) for c in (chosen, planner.default))
     count, before = cost(graph), cost(default)
     name = f"{transform.__name__}({name_of(f)})"
@@ -188,9 +188,8 @@ def _planner(
     return planner, values
 
 
-def _answer(planner: Planner, f: Callable, memory: Any) -> tuple[Candidate, int]:
-    """The program within a budget, and how many were compiled for it."""
-    limit = bytes_of(memory)
+def _answer(planner: Planner, f: Callable, limit: int | float) -> tuple[Candidate, int]:
+    """The program within so many bytes, or such a part of the default's, and how many were compiled for it."""
     before = len(planner.candidates)
     limit = limit if isinstance(limit, int) else limit * planner.default.bytes
     chosen = planner.within_budget(limit)

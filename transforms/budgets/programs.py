@@ -17,7 +17,7 @@ from .search import Choice, Search
 class Config(NamedTuple):
     """What is decided before the function is differentiated: an option for each scan, and how `while` loops run."""
 
-    scans: tuple[Option | None, ...]
+    scans: tuple[Option, ...]
     loops: Loops
 
 

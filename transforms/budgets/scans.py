@@ -138,7 +138,8 @@ class Scan:
             found.append(saved)
         near = (saved ^ frozenset(group) for saved in found for group in groups.values())
         kept = dict.fromkeys([*found, *near])
-        return [Choice(saved, is_staged=is_staged) for saved in kept for is_staged in (False, True)]
+        ways = (True, False) if len(joint.stages) > 1 else (True,)
+        return [Choice(saved, is_staged=is_staged) for saved in kept for is_staged in ways]
 
     # ------------------------------------------------------------------------------------------------ how it runs
 

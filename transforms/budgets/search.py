@@ -52,7 +52,8 @@ class Outcome(NamedTuple):
 
     Attributes:
       peak: in bytes.
-      seconds: of what it computes again, and to take so much memory or hand it on, on the nominal machine.
+      seconds: of what it computes again, and to take so much memory, or in the body of a loop to hand it on, on the nominal
+        machine.
       excess: bytes above the budget, over all equations.
     """
 
@@ -69,7 +70,7 @@ class Chain(NamedTuple):
       sources: nodes that are there already, and that these read.
       unread: of the nodes, those that only others of them may read.
       seconds: to compute all of them.
-      bumps: what `Simulation` found of how much is alive meanwhile.
+      bumps: by what is read in it alone, how much more is alive while it is computed than after it.
     """
 
     nodes: frozenset[int]
@@ -95,7 +96,7 @@ class Simulation:
         self.not_run = frozenset(k for k, node in enumerate(joint.nodes) if not node.is_run)
         self.last_forward = np.array(joint.last_forward, np.int64)
         self.known: dict[tuple[Choice, float], Outcome] = {}
-        self.chains: dict[tuple[int, frozenset[int]], Chain] = {}
+        self.chains: dict[tuple[int, int, frozenset[int]], Chain] = {}
 
     def __call__(self, choice: Choice, budget: float) -> Outcome:
         """The outcome of a choice."""
@@ -150,7 +151,7 @@ class Simulation:
 
     def _chain(self, stage: Stage, missing: frozenset[int], known: dict[int, int]) -> Chain:
         """What a stage must compute for what it misses; mostly what it did in the choice before."""
-        key = stage.start, missing
+        key = stage.start, stage.stop, missing
         chain = self.chains.get(key)
         if chain and known.keys() >= chain.sources and known.keys().isdisjoint(chain.nodes):
             return chain
@@ -162,11 +163,9 @@ class Simulation:
                 elif s not in found:
                     found.add(s)
                     todo.append(s)
-        seconds = sum(self.seconds[v] for v in found)
-        chain = self.chains[key] = Chain(
-            frozenset(found), frozenset(read), frozenset(found - stage.reads.keys()), seconds, {}
-        )
-        return chain
+        seconds, unread = math.fsum(self.seconds[v] for v in found), frozenset(found - stage.reads.keys())
+        self.chains[key] = Chain(frozenset(found), frozenset(read), unread, seconds, {})
+        return self.chains[key]
 
     def _bump(self, chain: Chain, passing: frozenset[int]) -> int:
         """By how much more is alive while a chain is computed than after it; what is `passing` is read in it alone."""
@@ -204,7 +203,7 @@ class Simulation:
 
 def everything(joint: Joint) -> frozenset[int]:
     """All nodes that the backward part reads, and those that cannot be computed again."""
-    return frozenset(s for stage in joint.stages for s in stage.reads) | pinned(joint)
+    return frozenset(joint.whole.reads) | pinned(joint)
 
 
 def pinned(joint: Joint) -> frozenset[int]:
@@ -275,6 +274,7 @@ class Search:
     def best(self, budget: float) -> tuple[Choice, Outcome] | None:
         """The cheapest choice found within a budget."""
         self.simulate.known.clear()
+        self.simulate.chains.clear()
         found: list[tuple[float, int, Choice]] = []
         for start in self.starts:
             choice = self.refilled(self.leaner(self.reduced(start, budget), budget), budget)

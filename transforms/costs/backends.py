@@ -20,7 +20,8 @@ class Backend(NamedTuple):
       reductions: those that draw in what only they read.
       drawn: what they draw in; broadcasts too.
       limit: how many operations they draw in.
-      sharing: reductions that compute what they read themselves, as elementwise operations do.
+      sharing: reductions, and what joins, that compute what they read themselves, as elementwise operations do. Where there are
+        any, a value that has memory is read rather than computed again.
       ordered: library calls that read a copy where an operand has its axes in another order than they take.
       workspace: the bytes that a large product of two matrices needs while it runs.
       has_barriers: whether what a backward pass computes again is kept apart.

@@ -194,7 +194,7 @@ class _Program:
         anchors: dict[Kernel, set[Kernel]] = {}
         for k in self.kernels:
             found = set().union(*(anchors[r] for r in k.reads if r.count >= k.count))
-            if len(k.readers) > 1 and len(found) > 1:
+            if k.is_cheap and len(k.readers) > 1 and len(found) > 1:
                 masks = [r for r in k.readers if r.is_elementwise and r.bytes < k.bytes]
                 if len(masks) == len(k.readers) - 1:
                     for mask in masks:
@@ -307,9 +307,7 @@ class _Program:
             if k.step and k.step.bodies and id(k.step) not in inside:
                 bodies = [_Program(b.steps, b.outputs, self.backend).temp_bytes() * b.copies for b in k.step.bodies]
                 inside[id(k.step)] = k.step.kept_bytes + max(bodies)
-            inner = inside.get(
-                id(k.step), self.backend.workspace * (k.step is not None and _is_large_product(k.step.eqn))
-            )
+            inner = inside.get(id(k.step), workspace_bytes(k.step.eqn, self.backend) if k.step else 0)
             is_over = k.is_in_place and any(d.bytes == new and d is not k for d in dying[k.at])
             most = max(most, live + inner + (0 if is_over else new))
             live += new - sum(d.bytes for d in dying[k.at])
@@ -361,11 +359,13 @@ def _returned(step: Step) -> Value | None:
     return None
 
 
-def _is_large_product(eqn: Any) -> bool:
-    """Whether this is a product of two matrices, of m · n · k ≥ 2²⁷."""
+def workspace_bytes(eqn: Any, backend: Backend) -> int:
+    """The bytes that a product of two matrices of m · n · k ≥ 2²⁷ works in."""
+    if not backend.workspace or eqn.primitive.name != "dot_general":
+        return 0
     avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-    is_of_matrices = eqn.primitive.name == "dot_general" and all(a.ndim == 2 for a in avals)
-    return is_of_matrices and math.prod(map(_count, avals)) >= 2**54  # (m · n · k)²
+    is_large = all(a.ndim == 2 for a in avals) and math.prod(map(_count, avals)) >= 2**54  # (m · n · k)²
+    return backend.workspace * is_large
 
 
 def _order(eqn: Any, k: int, backend: Backend) -> Sequence[int] | None:

@@ -1,0 +1,58 @@
+"""How long it takes to search what a budget keeps: CPU seconds of one search, of unrolled transformers, nothing compiled.
+
+A budget takes a few searches, each for the bytes that what was compiled before leaves to aim at.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+from funcgrad.transforms.budgets.planning import Planner
+from funcgrad.transforms.budgets.programs import Call, Config
+from funcgrad.transforms.budgets.search import Choice, Search, everything
+from funcgrad.transforms.loops import Loops
+
+from tests import trainings
+
+from .interleaving import Figure
+
+COLUMNS = {"equations": ",d", "budget": ".0%", "cpu_s": ".2f", "again_s": ".3f"}
+PARTS = 0.75, 0.5, 0.35, 0.25, 0.15
+MOST_S = {2_100: 1.0, 10_000: 10.0}  # by at most so many equations
+ROUNDS = 3
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    depths, parts = ((1,), (0.5,)) if quick else ((9, 44), PARTS)
+    return [row for depth in depths for row in measured(depth, parts, 1 if quick else ROUNDS)]
+
+
+def measured(depth: int, parts: tuple[float, ...], rounds: int) -> list[dict[str, Any]]:
+    """A row per budget, a part of what everything kept comes to; the best of some rounds, and what is computed again."""
+    loss, args = trainings.transformer(lambda layer: layer, depth=depth)
+    leaves, tree = jax.tree.flatten((args, {}))
+    options = dict(argnums=0, has_aux=False, holomorphic=False)
+    call = Call(tree, [None] * len(leaves), [True] * len(leaves))
+    joint = Planner(jax.value_and_grad, loss, call, leaves, options, None).trace(Config((), Loops())).joint
+    whole = Search(joint).simulate(Choice(everything(joint)), 0).peak
+    rows = []
+    for part in parts:
+        took = []
+        for _ in range(rounds):
+            search, start_s = Search(joint), time.process_time()
+            found = search.best(part * whole)
+            took.append(time.process_time() - start_s)
+        again_s = found[1].seconds if found else float("inf")
+        rows.append({"equations": len(joint.eqns), "budget": part, "cpu_s": min(took), "again_s": again_s})
+    return rows
+
+
+def figures(rows: list[dict[str, Any]]) -> list[Figure]:
+    found = []
+    for equations in sorted({row["equations"] for row in rows}):
+        seconds = max(row["cpu_s"] for row in rows if row["equations"] == equations)
+        most = min(most for largest, most in MOST_S.items() if equations <= largest)
+        found.append(Figure(f"{equations:,} equations: CPU seconds of a search, most", seconds, most=most))
+    return found
