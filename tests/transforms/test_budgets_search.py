@@ -65,6 +65,7 @@ def test_what_only_the_value_needs_takes_no_room_in_its_gradient():
     assert of(fg.grad(f, memory="60%")) <= 0.6 * of(jax.grad(f))
 
 
+@unrolled
 @pytest.mark.parametrize("memory", ["50%", "30%"])
 def test_a_gradient_without_its_value_costs_as_much(memory):
     """Nothing that it returns needs the function to be computed, yet what is kept is."""
