@@ -93,7 +93,7 @@ class Scan:
     @property
     def default(self) -> Option:
         """What is done without a budget."""
-        return self._option(Choice(everything(self.joint)), ())
+        return self._option(Choice(everything(self.joint), is_staged=False), ())
 
     @cached_property
     def _simulate(self) -> Simulation:
@@ -138,7 +138,8 @@ class Scan:
             found.append(saved)
         near = (saved ^ frozenset(group) for saved in found for group in groups.values())
         kept = dict.fromkeys([*found, *near])
-        ways = (True, False) if len(joint.stages) > 1 else (True,)
+        # A tie goes to all at once, which computes a little less.
+        ways = (False, True) if len(joint.stages) > 1 else (False,)
         return [Choice(saved, is_staged=is_staged) for saved in kept for is_staged in ways]
 
     # ------------------------------------------------------------------------------------------------ how it runs
