@@ -8,6 +8,7 @@ what `time` compares with, and `cpu` in CPU seconds. `memory` is the temporaries
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -56,8 +57,11 @@ class Mapped(NamedTuple):
 
 
 def weights(sizes: tuple[int, ...]) -> list[Any]:
-    keys = jax.random.split(jax.random.key(0), len(sizes))
-    return [jax.random.normal(k, (a, b)) / math.sqrt(a) for k, a, b in zip(keys, sizes, sizes[1:], strict=False)]
+    return [normal(a, b) / math.sqrt(a) for a, b in itertools.pairwise(sizes)]
+
+
+def normal(*shape: int) -> Any:
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
 
 
 def mlp(ws: list[Any], x: Any) -> Any:
@@ -72,7 +76,6 @@ def of_examples(name: str, f: Callable, xs: Any) -> Mapped:
 
 
 def programs(quick: bool) -> list[Mapped]:
-    normal = lambda *shape: jax.random.normal(jax.random.key(1), shape)
     ws = weights((8, 16, 4) if quick else (64, 128, 128, 10))
     gradient = jax.grad(lambda ws, x: jnp.sum(mlp(ws, x) ** 2))
     norm = lambda x: sum(jnp.sum(g**2) for g in gradient(ws, x))

@@ -14,9 +14,7 @@ import itertools
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -32,30 +30,6 @@ from .corpus import Program
 
 LIBRARIES = tuple(os.path.join(os.path.dirname(p), "") for p in (jax.__file__, _jax.__file__))
 STEPS = 3  # the size of a batch
-
-
-# Time
-
-
-@contextmanager
-def within_cpu_s(seconds: float) -> Iterator[None]:
-    """What may take so much CPU time on a quiet core, and in proportion more on one that is slow, or shared, before or after."""
-    before = _beat_s()
-    start = time.process_time()
-    yield
-    took = time.process_time() - start
-    slow = max(before, _beat_s(), BEAT_S) / BEAT_S
-    assert took < seconds * slow, f"{took:.2f} s of CPU, {slow:.2f} times slow"
-
-
-BEAT_S = 0.07  # on a quiet core
-
-
-def _beat_s() -> float:
-    start, table = time.process_time(), dict[int, int]()
-    for k in range(300_000):
-        table[k % 1000] = table.get(k % 1000, 0) + k
-    return time.process_time() - start
 
 
 # Comparison of values

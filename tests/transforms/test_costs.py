@@ -504,7 +504,8 @@ def test_ten_thousand_equations_in_seconds():
 
     graph = fg.trace(f, X)
     assert len(graph.eqns) == 10_000
-    with checks.within_cpu_s(2):
-        cost = fg.cost(graph)
-        str(cost), cost.timeline(), cost.dict()
+    start = time.process_time()
+    cost = fg.cost(graph)
+    str(cost), cost.timeline(), cost.dict()
+    assert time.process_time() - start < 2
     assert (cost.flops, cost.transcendentals) == (5_000 * 32, 5_000 * 32)

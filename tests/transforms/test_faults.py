@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from jax import lax
 
 import funcgrad as fg
 
-from ..checks import within_cpu_s
 from ..corpus import CORPUS
 from ..faults import FAULTS
 
@@ -389,8 +389,9 @@ def test_a_thousand_equations_take_seconds():
     f, args = jax.jit(jax.grad(loss)), (jnp.ones((40, 8, 8)), jnp.ones((16, 8)))
     assert sum(1 for _ in fg.walk(fg.trace(f, *args))) > 1000
     jax.block_until_ready(f(*args))
-    with within_cpu_s(10):
-        origin = fg.nan_origin(f, *args)
+    start = time.process_time()
+    origin = fg.nan_origin(f, *args)
+    assert time.process_time() - start < 10
     assert origin.phase == "backward"
 
 

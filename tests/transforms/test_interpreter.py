@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,6 @@ from funcgrad.transforms import _jax
 from jax import lax
 
 import funcgrad as fg
-
-from ..checks import within_cpu_s
 
 COSINE = fg.Rules("cosine", {lax.sin_p: lambda eqn, x: lax.cos(x)})
 
@@ -131,8 +130,9 @@ def test_ten_thousand_equations_are_rewritten_in_seconds():
 
     graph = fg.trace(f, 1.0)
     assert len(graph.eqns) == 10_000
-    with within_cpu_s(2):  # 0.4 on a quiet core
-        new = fg.rewrite(graph, COSINE)
+    started = time.process_time()
+    new = fg.rewrite(graph, COSINE)
+    assert time.process_time() - started < 2  # seconds; 0.4 on a quiet core
     assert len(new.eqns) == 10_000
 
 

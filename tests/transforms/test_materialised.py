@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,7 +13,6 @@ from jax import lax
 
 import funcgrad as fg
 
-from ..checks import within_cpu_s
 from ..trainings import trainings
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="measured on CPUs alone")
@@ -92,8 +93,9 @@ def test_ten_thousand_equations_in_two_seconds(f):
 
     cost = fg.cost(program, jnp.ones((4, 8)))
     assert len(cost.rows) == 10_000
-    with within_cpu_s(2):
-        assert cost.temp_bytes >= 0
+    start = time.process_time()
+    assert cost.temp_bytes >= 0
+    assert time.process_time() - start < 2
 
 
 def test_copies_of_operands_in_another_order():

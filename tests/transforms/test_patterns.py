@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import funcgrad as fg
 
-from ..checks import assert_close_values, assert_same_graph, assert_same_program, assert_same_values, within_cpu_s
+from ..checks import assert_close_values, assert_same_graph, assert_same_program, assert_same_values
 from ..corpus import CORPUS, MESH
 
 X = jnp.linspace(0.1, 1.2, 12).reshape(3, 4)
@@ -505,13 +506,15 @@ def test_large_graphs_take_seconds():
         return x
 
     graph = fg.trace(chain, 1.0)
-    with within_cpu_s(8):  # 1.8 on a quiet core
-        assert fg.replace(graph, lambda a, b: jnp.sin(a) + b, lambda a, b: a - b).count == 5_000
+    started = time.process_time()
+    assert fg.replace(graph, lambda a, b: jnp.sin(a) + b, lambda a, b: a - b).count == 5_000
+    assert time.process_time() - started < 8  # seconds; 1.8 on a quiet core
 
     f, args = transformer(12)
     graph = fg.trace(f, *args)
-    with within_cpu_s(4):  # 0.6 on a quiet core
-        assert fg.replace(graph, attention, jax.nn.dot_product_attention).count == 12
+    started = time.process_time()
+    assert fg.replace(graph, attention, jax.nn.dot_product_attention).count == 12
+    assert time.process_time() - started < 4  # seconds; 0.6 on a quiet core
 
 
 # Errors
