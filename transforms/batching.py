@@ -43,7 +43,7 @@ def vmap(
       axis_size: size of the mapped axis; a Graph needs it, since its batched arguments do not exist yet.
       memory: bytes of temporaries, arguments and results not among them, that the program may use: a number, "512MiB", or
         "50%" of those of the program without a budget, which it is where it fits. Else the chunks are the largest that fit;
-        on CPUs none uses more than 20 MiB, since larger ones are slower.
+        on CPUs none uses more than the caches hold, 24 MiB at most, since larger ones are slower.
       chunk: at most so many lanes at a time, by hand.
     Returns:
       A function as `fun`, or the Graph of the batched function. Without `fun`, a decorator.

@@ -20,14 +20,10 @@ from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
 from . import _jax, shards
 from .costs import cost
+from .costs.machines import cache_bytes
 from .costs.words import bytes_in_words, bytes_of
 from .errors import BudgetError, OptionError
 from .graph import trace
-
-# On CPUs a chunk has no more than this, whatever the budget: temporaries stay near the caches, and XLA, which asks for
-# all of them at once and at every call, is given memory that the process has. From 32 MiB on glibc takes it from the
-# system each time, page by page (mallopt(3), M_MMAP_THRESHOLD), which was measured to cost more than the arithmetic.
-CPU_CHUNK_BYTES = 20 * 2**20
 
 _INLINE = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
 Program = Callable[[int | None], Callable]
@@ -150,7 +146,7 @@ def _largest(
     few, most = _even(lanes, -(-lanes // 4)), -(-lanes // 2)
     slope = (predicted(most) - predicted(few)) / (most - few) if most > few else predicted(few)
     fixed = predicted(few) - slope * few
-    cap = CPU_CHUNK_BYTES if jax.default_backend() == "cpu" else math.inf
+    cap = _most_on_cpu() if jax.default_backend() == "cpu" else math.inf
     tried: dict[int, int] = {}
     while True:
         within = min(budget - fixed, cap) / slope if slope > 0 else most
@@ -171,6 +167,16 @@ def _largest(
             fixed = tried[size] - slope * size
             fixed = fixed if slope and 0 < fixed < budget else 0
             slope = (tried[size] - fixed) / size
+
+
+def _most_on_cpu() -> int:
+    """The bytes that a chunk may have on a CPU, whatever the budget: they stay near, beside what the chunk reads.
+
+    Never so many that XLA, which asks for all of them at once and at every call, gets pages the process does not have yet:
+    from 32 MiB on glibc takes them from the system each time (mallopt(3), M_MMAP_THRESHOLD), which takes longer than the
+    arithmetic.
+    """
+    return cache_bytes() * 3 // 4
 
 
 def _too_small(name: str, lanes: int, budget: float, smallest: int) -> BudgetError:

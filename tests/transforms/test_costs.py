@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from funcgrad.transforms import _jax, layouts
+from funcgrad.transforms.costs import machines
 from funcgrad.transforms.living import retraced
 from funcgrad.transforms.loops.schedule import evaluations
 from jax import lax
@@ -494,6 +495,25 @@ def test_a_machine_is_measured_once():
     )
     assert fg.Machine("fast memory", 1.0, 1e30).bound(work).by == "compute"
     assert fg.Machine("slow memory", 1e30, 1.0).bound(work).by == "bandwidth"
+
+
+@pytest.mark.parametrize(
+    ("speeds", "near"),
+    [((9, 9, 8, 8), 32), ((9, 8, 3, 2), 8), ((9, 3, 2, 2), 4), ((5, 6, 6, 2), 16), ((2, 2, 2, 2), 32)],
+)
+def test_caches_are_as_large_as_what_is_rewritten_fast(speeds, near, monkeypatch):
+    took_s = {2 ** (22 + k): 2 ** (22 + k) / speed for k, speed in enumerate(speeds)}
+    monkeypatch.setattr(machines, "_rewriting_s", took_s.__getitem__)
+    machines.cache_bytes.cache_clear()
+    assert machines.cache_bytes() == near * 2**20
+    machines.cache_bytes.cache_clear()
+
+
+def test_caches_are_measured_once_and_fast():
+    start = time.perf_counter()
+    assert machines.cache_bytes() in {2**k for k in range(22, 26)}
+    assert time.perf_counter() - start < 1
+    assert machines.cache_bytes.cache_info().misses == 1
 
 
 def test_ten_thousand_equations_in_seconds():
