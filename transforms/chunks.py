@@ -170,13 +170,13 @@ def _largest(
 
 
 def _most_on_cpu() -> int:
-    """The bytes that a chunk may have on a CPU, whatever the budget: they stay near, beside what the chunk reads.
+    """The bytes that a chunk may have on a CPU, whatever the budget, since larger ones are slower.
 
-    Never so many that XLA, which asks for all of them at once and at every call, gets pages the process does not have yet:
-    from 32 MiB on glibc takes them from the system each time (mallopt(3), M_MMAP_THRESHOLD), which takes longer than the
-    arithmetic.
+    They stay near, and leave some room there for what the chunk reads. And XLA, which asks for all of them at once and at every
+    call, gets memory that the process has: from 32 MiB on glibc takes it from the system each time, page by page (mallopt(3),
+    M_MMAP_THRESHOLD), which takes longer than the arithmetic.
     """
-    return cache_bytes() * 3 // 4
+    return min(cache_bytes() * 7 // 8, 24 * 2**20)
 
 
 def _too_small(name: str, lanes: int, budget: float, smallest: int) -> BudgetError:
