@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 from jax import Array, lax
-from jax._src import api_util, config, core, debugging, dtypes, pjit, source_info_util, traceback_util
+from jax._src import api_util, config, core, debugging, dtypes, effects, pjit, source_info_util, traceback_util
 from jax._src import linear_util as lu
 from jax._src.interpreters import ad, batching, mlir
 from jax._src.interpreters import partial_eval as pe
@@ -194,10 +194,15 @@ def fitted(value: Any, aval: Any) -> Any:
     return value if given.weak_type == aval.weak_type and isinstance(value, Array) else cast(value, aval)
 
 
-def are_repeatable(effects: Any) -> bool:
+def are_repeatable(found: Any) -> bool:
     """Whether what has these effects may be computed again: unordered debugging callbacks, and names of axes."""
     kinds = debugging.DebugEffect, core.NamedAxisEffect
-    return all(isinstance(effect, kinds) for effect in effects)
+    return all(isinstance(effect, kinds) for effect in found)
+
+
+def is_ordered(effect: Any) -> bool:
+    """Whether what has this effect runs in the order of the program."""
+    return effects.ordered_effects.contains(effect)
 
 
 def is_array(aval: Any) -> bool:

@@ -87,7 +87,7 @@ def in_chunks(piece: Callable[[Any, int], Any], lanes: int, chunk: int, axes: An
       axes: where the lanes stand in each result; None where they have none, and all chunks agree. A prefix of the tree.
     """
     graph = trace(lambda start: piece(start, chunk), np.int32(0))
-    is_effectful = any(not isinstance(e, _jax.NamedAxisEffect) for e in graph.jaxpr.effects)
+    is_effectful = has_effects(graph.jaxpr)
     places: list[int | None] = []
     each = lambda axis, out: places.extend([axis] * len(tree_leaves(out)))
     jax.tree.map(each, axes, tree_unflatten(graph.out_tree, graph.out_avals), is_leaf=lambda axis: axis is None)
@@ -113,6 +113,11 @@ def in_chunks(piece: Callable[[Any, int], Any], lanes: int, chunk: int, axes: An
         _jax.cast(x, a) if getattr(a, "weak_type", False) else x for x, a in zip(full, graph.out_avals, strict=True)
     ]
     return tree_unflatten(graph.out_tree, weak)
+
+
+def has_effects(jaxpr: Any) -> bool:
+    """Whether it must not be run twice: names of axes may."""
+    return any(not isinstance(e, _jax.NamedAxisEffect) for e in jaxpr.effects)
 
 
 # ------------------------------------------------------------------------------------------------ the choice
@@ -142,7 +147,7 @@ def _largest(
     if (is_part or predicted(None) <= 2 * budget) and measured(None) <= budget:  # predictions are good to a factor of 2
         return None
     if lanes < 2:
-        raise _too_small(name, lanes, budget, measured(None))
+        raise _too_small(name, lanes, budget, measured(None), measured(None))
     few, most = _even(lanes, -(-lanes // 4)), -(-lanes // 2)
     slope = (predicted(most) - predicted(few)) / (most - few) if most > few else predicted(few)
     fixed = predicted(few) - slope * few
@@ -156,7 +161,9 @@ def _largest(
             return max(fits)
         if tried and not fits:
             if min(tried) == 1:
-                raise _too_small(name, lanes, budget, min(tried.values()))
+                if measured(None) <= budget:  # chunks need what lanes share as well, and are not simplified as far
+                    return None
+                raise _too_small(name, lanes, budget, min(tried.values()), measured(None))
             size = min(size, _even(lanes, min(tried) - 1 if len(tried) == 1 else min(tried) // 2))
         before, tried[size] = [*tried.items()][-1:], measured(size)
         if before:  # now the line goes through what was measured
@@ -179,10 +186,11 @@ def _most_on_cpu() -> int:
     return min(cache_bytes() * 7 // 8, 24 * 2**20)
 
 
-def _too_small(name: str, lanes: int, budget: float, smallest: int) -> BudgetError:
+def _too_small(name: str, lanes: int, budget: float, of_one: int, of_all: int) -> BudgetError:
+    smallest = min(of_one, of_all)
+    what = f"one of its {lanes} lanes at a time" if of_one <= of_all else f"its {lanes} lanes at once"
     error = BudgetError(
-        f"{name} needs {bytes_in_words(smallest)} of temporaries for one of its {lanes} lanes at a time, "
-        f"and memory= allows {bytes_in_words(budget)}.",
+        f"{name} needs {bytes_in_words(smallest)} of temporaries for {what}, and memory= allows {bytes_in_words(budget)}.",
         hint=f"memory={smallest} is the least; jax.checkpoint inside of the function, or smaller arguments, lower it",
     )
     error.smallest = smallest

@@ -19,7 +19,7 @@ from jax.dtypes import float0
 from jax.tree_util import tree_flatten, tree_leaves, tree_structure, tree_transpose, tree_unflatten
 
 from . import _jax
-from .chunks import chunked, in_chunks
+from .chunks import chunked, has_effects, in_chunks
 
 
 def jacobian(transform: Callable, f: Callable, options: dict, name: str, memory: Any, chunk: int | None) -> Callable:
@@ -63,10 +63,15 @@ def _split(f: Callable, argnums: Any, args: tuple, kwargs: dict) -> tuple[Callab
 def _by_columns(of_chosen: Callable, chosen: Any, has_aux: bool, chunk: int) -> Any:
     """Forward mode: `chunk` tangents at a time."""
     primals, tree = tree_flatten(chosen)
+    if has_effects(jax.make_jaxpr(of_chosen)(chosen)):  # those happen once, though what is linear needs memory then
+        out, linear, *aux = jax.linearize(of_chosen, chosen, has_aux=has_aux)
+        pushed = lambda tangent: (out, linear(tangent), *aux)
+    else:
+        pushed = lambda tangent: jax.jvp(of_chosen, (chosen,), (tangent,), has_aux=has_aux)
 
     def piece(start, size):
         def push(*tangents):
-            out, moved, *aux = jax.jvp(of_chosen, (chosen,), (tree_unflatten(tree, tangents),), has_aux=has_aux)
+            out, moved, *aux = pushed(tree_unflatten(tree, tangents))
             return jax.tree.map(lambda y, t: jnp.zeros_like(y) if t.dtype == float0 else t, out, moved), *aux
 
         rows, *aux = jax.vmap(push, out_axes=(0, None) if has_aux else (0,))(*_basis(start, size, primals))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from ..transforms.costs.words import bytes_of
 from ..transforms.errors import ArgumentError, NotScalarError, OptionError, location
 from ..transforms.gradient import value_and_grad
 
@@ -55,7 +56,7 @@ def step(loss: Callable[..., Any], optimizer: Any, *, has_aux: bool = False, mem
       An Update: call `update.init(params)` for the first state, `update(state, batch)` for the next one and
       {"loss": scalar, **metrics}.
     Raises:
-      OptionError: `optimizer` has no `init` and `update`.
+      OptionError: `optimizer` has no `init` and `update`, or `memory` is no number of bytes. Also a ValueError.
       ArgumentError: from `init`, params hold other than floats. At the first step, `loss` does not take or return what
         the above says, or the state is not a TrainState.
       NotScalarError: at the first step, the loss is not a float scalar.
@@ -70,6 +71,8 @@ def step(loss: Callable[..., Any], optimizer: Any, *, has_aux: bool = False, mem
         name = getattr(optimizer, "__name__", type(optimizer).__name__)
         hint = "make one, as in optax.adam(1e-3)"
         raise OptionError(f"step needs an optimizer with init and update, not {name}.", hint=hint)
+    if memory is not None:
+        bytes_of(memory)  # says what is wrong with it
     return Update(loss, optimizer, has_aux, memory)
 
 

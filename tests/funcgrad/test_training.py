@@ -432,6 +432,8 @@ def test_step_errors():
     assert str(error.value) == (
         "step needs an optimizer with init and update, not adam.\n  try     make one, as in optax.adam(1e-3)"
     )
+    with pytest.raises(OptionError, match="memory= cannot be 'abc'"):
+        step(lambda params, x: x * params, optax.sgd(0.1), memory="abc")
     update = step(lambda params, x: x * params, optax.sgd(0.1))
     with pytest.raises(NotScalarError):
         train(update, update.init(jnp.ones(3)), [jnp.ones(3)], steps=1)

@@ -99,6 +99,8 @@ def while_inside(w, x):
     return lax.while_loop(more, lambda state: (state[0] + 1, jnp.tanh(state[1] @ w)), (jnp.int32(0), x))[1]
 
 
+ORDER, TABLE = np.arange(16)[::-1], jnp.linspace(0.5, 2, 16)
+scaled = jax.jit(lambda x: x * TABLE[::-1])
 PROGRAMS = {
     "products": (loss, (W, X), {}),
     "argnums": (loss, (W, X), dict(argnums=(1, 0))),
@@ -119,6 +121,9 @@ PROGRAMS = {
     "cond": (chain(lambda w, x: lax.cond(x.sum() > 0, lambda: jnp.tanh(x @ w), lambda: jnp.sin(x @ w))), (W, X), {}),
     "switch": (chain(lambda w, x: lax.switch(1, [jnp.sin, lambda x: jnp.tanh(x @ w)], x)), (W, X), {}),
     "jit": (chain(jax.jit(lambda w, x: jnp.tanh(x @ w))), (W, X), {}),
+    "jit with constants": (chain(jax.jit(lambda w, x: jnp.tanh(x[:, ORDER] @ w) * TABLE)), (W, X), {}),
+    "jit in jit with constants": (chain(jax.jit(lambda w, x: scaled(jnp.tanh(x @ w)) * TABLE)), (W, X), {}),
+    "static types": (lambda w, x, dtype: loss(w, x.astype(dtype)), (W, X, jnp.float32), {}),
     "bfloat16": (chain(lambda w, x: jnp.tanh(x @ w), jnp.bfloat16), (W, X), {}),
     "float16": (chain(lambda w, x: jnp.tanh(x @ w), jnp.float16), (W, X), {}),
     "complex": (chain(lambda w, x: jnp.sin(x @ w), jnp.complex64), (W, X), {}),
@@ -139,8 +144,9 @@ def without_float0(tree):
 def test_values(name):
     f, args, options = PROGRAMS[name]
     least = smallest(f, *args, **options)
-    want = jax.jit(jax.value_and_grad(f, **options), static_argnums=(1, 2) if name == "static" else ())(*args)
-    most = least if name == "static" else default(f, *args, **options)
+    static = {"static": (1, 2), "static types": 2}.get(name, ())
+    want = jax.jit(jax.value_and_grad(f, **options), static_argnums=static)(*args)
+    most = least if static else default(f, *args, **options)
     for memory in {least, (least + max(least, most)) // 2}:
         got = fg.value_and_grad(f, memory=memory, **options)(*args)
         if name not in HALF:
@@ -398,6 +404,35 @@ def test_effects_happen_once(name):
     jax.effects_barrier()
     assert len(seen) == 1
     np.testing.assert_allclose(got, jax.jit(jax.grad(chained(lambda x: x)))(W, X), rtol=1e-5, atol=1e-6)
+
+
+def test_ordered_effects_keep_their_order():
+    notice = lambda what, x: jax.debug.callback(lambda _: seen.append(what), x, ordered=True)
+
+    @jax.custom_vjp
+    def noted(x):
+        return jnp.tanh(x)
+
+    def forward(x):
+        notice("forward", x)
+        return jnp.tanh(x), x
+
+    def backward(x, ct):
+        notice("cotangent", ct)
+        notice("residual", x)
+        return (ct * (1 - jnp.tanh(x) ** 2),)
+
+    noted.defvjp(forward, backward)
+    f = chained(lambda x: noted(noted(x)))
+    memory = smallest(f, W, X)
+    seen.clear()
+    got = jax.block_until_ready(fg.grad(f, memory=memory)(W, X))
+    jax.effects_barrier()
+    assert seen == ["forward"] * 2 + ["cotangent", "residual"] * 2
+    seen.clear()
+    np.testing.assert_allclose(got, jax.jit(jax.grad(f))(W, X), rtol=1e-5, atol=1e-6)
+    jax.effects_barrier()
+    assert seen == ["forward"] * 2 + ["cotangent", "residual"] * 2
 
 
 def test_effects_in_scans_happen_once_per_step():

@@ -10,16 +10,17 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from funcgrad.transforms.budgets import plans
 from funcgrad.transforms.budgets.planning import COMPILES, Planner
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import funcgrad as fg
 
 from ..checks import assert_close_values
 from ..trainings import trainings
-from .test_budgets import EFFECTS, W, X, chained, default, loss, scanned, seen, smallest
+from .test_budgets import EFFECTS, W, X, chained, default, loss, scanned, seen
 
 OLD = jax.__version_info__ < (0, 11)
 unrolled = pytest.mark.skipif(
@@ -236,13 +237,30 @@ def test_references():
         with pytest.raises(fg.ArgumentError, match="takes no references, and closes over none"):
             fg.grad(f, memory="50%")(1.0, *args)
 
-    def inside(x):
-        total = jax.new_ref(jnp.zeros(()))
-        total[...] += jnp.sin(x)
-        total[...] *= x
-        return total[...]
 
-    np.testing.assert_allclose(fg.grad(inside, memory=smallest(inside, 0.5))(0.5), jax.grad(inside)(0.5), rtol=1e-6)
+def test_references_inside():
+    def f(w, x):
+        rows = jax.new_ref(jnp.zeros_like(x))
+        for k in range(4):
+            x = jnp.tanh(x @ w)
+            rows[k] = x[0]
+        x, _ = lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=9)
+        return jnp.sum(rows[0] ** 2) + jnp.sum(rows[1:3] ** 2) + jnp.sum(x)
+
+    want = jax.jit(jax.value_and_grad(f))(W, X)
+    for memory in ("80%", "60%"):
+        plan = fg.plan(f, W, X, memory=memory)
+        assert plan.compiled_bytes < plan.default_bytes
+        assert_close_values(fg.value_and_grad(f, memory=memory)(W, X), want)
+
+
+def test_what_shard_map_holds_is_named_where_nothing_fits():
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    f = jax.shard_map(lambda w, x: lax.pmean(scanned(w, x), "d"), mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+    with pytest.raises(
+        fg.BudgetError, match=r"shard_map holds is kept or computed again as a whole: jax\.checkpoint inside"
+    ):
+        fg.grad(f, memory="50%")(W, X)
 
 
 def test_plan_refuses_in_its_own_words():

@@ -532,3 +532,31 @@ def test_jacobians_with_rules_and_through_loops():
     f = lambda x: lax.while_loop(lambda t: t[0] < 3, lambda t: (t[0] + 1, jnp.sin(t[1])), (0, lax.round(x)))[1]
     assert_close_values(fg.jacrev(f, rules=straight, chunk=10)(X), fg.jacrev(f, rules=straight)(X))
     assert_close_values(fg.jacfwd(f, rules=straight, chunk=10)(X), fg.jacfwd(f, rules=straight)(X))
+
+
+def test_where_only_the_plain_program_fits_it_is_that():
+    w = jax.random.normal(jax.random.key(0), (64, 64)) / 8
+    wide = lambda x: jnp.tanh(jnp.outer(x, x) @ w).sum(1)  # XLA never has the outer product of all lanes
+    x = jnp.linspace(-1, 1, 64)
+    plain = temp_bytes(jax.jacrev(wide), x)
+    assert temp_bytes(fg.jacrev(wide, memory=plain), x) == plain
+    with pytest.raises(fg.BudgetError, match=r"needs [\d.]+ KiB of temporaries for its 64 lanes at once") as e:
+        fg.jacrev(wide, memory=plain - 1)(x)
+    assert e.value.smallest == plain
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("transform", ["jacfwd", "jacrev", "hessian"])
+def test_effects_of_what_all_lanes_share_happen_once(transform, has_aux):
+    seen = []
+
+    def f(x):
+        jax.debug.callback(lambda x: seen.append(float(x)), x[0])
+        y = jnp.sum(x**3) if transform == "hessian" else jnp.sin(x) * x[::-1]
+        return (y, x) if has_aux else y
+
+    x = jnp.linspace(0.5, 1, 5)
+    got = getattr(fg, transform)(f, has_aux=has_aux, chunk=3)(x)
+    jax.effects_barrier()
+    assert seen == [0.5]
+    assert_close_values(got, getattr(jax, transform)(f, has_aux=has_aux)(x))

@@ -122,5 +122,5 @@ def _bind(eqn: Any, env: dict[Any, Any]) -> None:
 
 
 def _is_tied(aval: Any) -> bool:
-    """Whether a barrier takes such a value; keys and tokens go around it."""
-    return not jax.dtypes.issubdtype(getattr(aval, "dtype", None), jax.dtypes.extended)
+    """Whether a barrier takes such a value; keys, tokens and references go around it."""
+    return _jax.is_array(aval) and not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)

@@ -88,7 +88,7 @@ class Joint:
     """A gradient in its two parts.
 
     Attributes:
-      inputs, outvars: variables of the program; what it closes over is among the inputs.
+      inputs, outvars: variables of the program; the first inputs are for what it closes over, which is in `consts`.
       eqns: its equations, the `split` ones of the forward part first.
       nodes: of the forward part, in program order; `node_of` a variable, `sources` the results of nodes that a variable is
         computed from, itself if it is one.
@@ -100,21 +100,17 @@ class Joint:
 
     def __init__(self, closed: _jax.ClosedJaxpr, backend: Backend, machine: Nominal, *, are_results_free: bool = True):
         self.closed, self.machine = closed, machine
-        whole, n = flattened(closed, are_marks_kept=True), len(closed.jaxpr.outvars)
+        whole, self.consts = flattened(closed, are_marks_kept=True)
+        n = len(closed.jaxpr.outvars)
         jaxpr, _ = _jax.dce_jaxpr(whole, [k < n for k in range(len(whole.outvars))], instantiate=True)
         self.inputs, self.outvars = list(jaxpr.invars), list(jaxpr.outvars)
-        reached: set[Any] = set()
-        is_backward = lambda eqn: mark_of(eqn) == SEAM or not reached.isdisjoint(_read(eqn))
-        for eqn in whole.eqns:
-            if is_backward(eqn):
-                reached.update(eqn.outvars)
         # Of a gradient alone too: what is kept lies on the way to the value, even where that is not returned.
         needed = set(variables(whole.outvars))
-        for eqn in reversed(whole.eqns):
-            if not is_backward(eqn) and (eqn.effects or not needed.isdisjoint(eqn.outvars)):
+        for eqn in reversed(_parted(whole.eqns)[0]):
+            if eqn.effects or not needed.isdisjoint(eqn.outvars):
                 needed.update(_read(eqn))
-        self.eqns = sorted(jaxpr.eqns, key=is_backward)
-        self.split = sum(not is_backward(eqn) for eqn in jaxpr.eqns)
+        forward, backward = _parted(jaxpr.eqns)
+        self.eqns, self.split = [*forward, *backward], len(forward)
         made = [v for eqn in self.eqns for v in eqn.outvars]
         self.order = {v: k for k, v in enumerate([*self.inputs, *made])}
         outputs = set(variables(self.outvars))
@@ -128,7 +124,7 @@ class Joint:
     @cached_property
     def jaxpr(self) -> _jax.Jaxpr:
         """The program as it was traced, without marks."""
-        return flattened(self.closed)
+        return flattened(self.closed)[0]
 
     def _make_nodes(self, needed: set[Any], free: set[Any], has_memory: set[int], works: Sequence[Work]) -> None:
         self.nodes: list[Node] = []
@@ -252,8 +248,8 @@ def _halved(start: int, stop: int, crossing: np.ndarray, read_before: np.ndarray
 # ------------------------------------------------------------------------------------------------ tracing
 
 
-def flattened(jaxpr: _jax.ClosedJaxpr, *, are_marks_kept: bool = False) -> _jax.Jaxpr:
-    """A jaxpr whose constants are its first inputs, without dead code and without calls that mean nothing but their bodies.
+def flattened(jaxpr: _jax.ClosedJaxpr, *, are_marks_kept: bool = False) -> tuple[_jax.Jaxpr, list[Any]]:
+    """A jaxpr without dead code and without calls that mean nothing but their bodies, and the constants it takes first.
 
     Marks are dropped, those of other gradients inside; or of one gradient kept, and then the value that has one comes last.
     """
@@ -272,13 +268,27 @@ def flattened(jaxpr: _jax.ClosedJaxpr, *, are_marks_kept: bool = False) -> _jax.
     inner = jaxpr.jaxpr
     avals = [v.aval for v in (*inner.constvars, *inner.invars)]
     flat = _jax.stage_flat(lambda *values: [*run(inner, values, bind), *marked], avals, _jax.no_names)
-    live, _ = _jax.dce_jaxpr(flat.jaxpr, [True] * len(flat.jaxpr.outvars), instantiate=True)
-    return live
+    whole = _jax.convert_constvars_jaxpr(flat.jaxpr)  # those of calls, which are not calls any more
+    live, _ = _jax.dce_jaxpr(whole, [True] * len(whole.outvars), instantiate=True)
+    return live, [*flat.consts, *jaxpr.consts]
 
 
 def mark_of(eqn: Any) -> str:
     """The name that an equation gives its operand. No program has marks in the end: other gradients may be around it."""
     return eqn.params["name"] if eqn.primitive.name == "name" else ""
+
+
+def _parted(eqns: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Those that no cotangent reaches, and those that one does: by their operands, by references, or by the order of effects."""
+    reached: set[Any] = set()
+    parts: tuple[list[Any], list[Any]] = [], []
+    for eqn in eqns:
+        touched = {v for v in _read(eqn) if not _jax.is_array(v.aval)} | set(filter(_jax.is_ordered, eqn.effects))
+        is_backward = mark_of(eqn) == SEAM or not reached.isdisjoint([*_read(eqn), *touched])
+        if is_backward:
+            reached.update(eqn.outvars, touched)
+        parts[is_backward].append(eqn)
+    return parts
 
 
 class _Alone(NamedTuple):

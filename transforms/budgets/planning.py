@@ -74,7 +74,7 @@ class Planner:
         closed = _jax.stage(f, *call.arguments(values), values, flat)
         _check_surroundings(transform, f, closed, values)
         (self.primal_tree,) = outputs
-        self.consts, self.flat = list(closed.consts), flattened(closed)
+        self.flat, self.consts = flattened(closed)
         self.shardings = [*map(placed, self.consts), *map(placed, values)]
         platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
         self.backend, self.machine = BACKENDS[platform], NOMINAL[platform]
@@ -132,7 +132,7 @@ class Planner:
 
             closed = _jax.stage_flat(flat, [v.aval for v in self.flat.invars], _jax.no_names)
             joint = Joint(closed, self.backend, self.machine)
-            self.traced[config] = Traced(config, joint, list(closed.consts), Search(joint), *results)
+            self.traced[config] = Traced(config, joint, Search(joint), *results)
         return self.traced[config]
 
     @cached_property
@@ -151,7 +151,7 @@ class Planner:
             program = jax.jit(lambda *values: whole(values))
         else:
             program = jax.jit(_jax.jaxpr_as_fun(_jax.close(joint.jaxpr)))
-        shardings = [*map(placed, traced.consts), *self.shardings]
+        shardings = [*map(placed, joint.consts), *self.shardings]
         structs = [_struct(v.aval, sharding) for v, sharding in zip(joint.inputs, shardings, strict=True)]
         analysis: Any = program.lower(*structs).compile().memory_analysis()
         size = int(analysis.temp_size_in_bytes)
@@ -240,7 +240,7 @@ class Planner:
     def run(self, candidate: Candidate, values: Sequence[Any]) -> Any:
         """What a program returns for what is traced of a call."""
         traced = candidate.traced
-        leaves = iter(candidate.program(*traced.consts, *self.consts, *values))
+        leaves = iter(candidate.program(*traced.joint.consts, *self.consts, *values))
         return tree_unflatten(traced.tree, [next(leaves) if x is None else x for x in traced.constants])
 
     def _bias(self, limit: float) -> float:

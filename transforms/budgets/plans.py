@@ -167,7 +167,8 @@ def _planner(
     from .programs import Call
 
     leaves, tree = tree_flatten((args, kwargs))
-    is_traced = [hasattr(x, "dtype") or (isinstance(x, int | float | complex) and type(x) is not bool) for x in leaves]
+    is_array = lambda x: hasattr(x, "dtype") and not isinstance(x, type)
+    is_traced = [is_array(x) or (isinstance(x, int | float | complex) and type(x) is not bool) for x in leaves]
     values = [x for x, ok in zip(leaves, is_traced, strict=True) if ok]
     static = [None if ok else x for x, ok in zip(leaves, is_traced, strict=True)]
     for x in static:
@@ -200,11 +201,19 @@ def _answer(planner: Planner, f: Callable, limit: int | float) -> tuple[Candidat
             f"the smallest program found takes {bytes_in_words(smallest)}.",
             at=location(f),
             inputs=f"without a budget {bytes_in_words(planner.default.bytes)}; {len(planner.candidates)} programs were compiled",
-            hint=f"memory={smallest}, a smaller batch, or parts of it one after the other",
+            hint=f"memory={smallest}, a smaller batch, or parts of it one after the other{_shard_maps(planner)}",
         )
         error.smallest = smallest
         raise error
     return chosen, len(planner.candidates) - before
+
+
+def _shard_maps(planner: Planner) -> str:
+    """What to do about them, if the function holds any."""
+    is_held = any(eqn.primitive.name == "shard_map" for eqn in planner.flat.eqns)
+    return (
+        "; what shard_map holds is kept or computed again as a whole: jax.checkpoint inside of it keeps less" * is_held
+    )
 
 
 def _parts(found: Iterable[tuple[Any, Any, int, float]]) -> tuple[Part, ...]:

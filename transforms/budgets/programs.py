@@ -42,14 +42,13 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """The joint program of a configuration; it takes the constants first.
+    """The joint program of a configuration.
 
     `tree` is that of its results, `constants` are those of its leaves that no program returns: gradients of integers.
     """
 
     config: Config
     joint: Joint
-    consts: list[Any]
     search: Search
     tree: Any
     constants: list[Any]

@@ -58,6 +58,9 @@ class Scan:
         cts = [a for a, is_float in zip(self.out_avals, self.is_out, strict=True) if is_float]
         closed = _jax.stage_flat(self._pulled, [*cts, *self.avals], _jax.no_names)
         self.joint = Joint(closed, backend, machine, are_results_free=False)
+        closed_over = len(self.joint.consts)
+        self.consts = dict(zip(self.joint.inputs[:closed_over], self.joint.consts, strict=True))
+        self.inputs = self.joint.inputs[closed_over:]  # the cotangents first
 
     def _pulled(self, *values):
         """The body and its pull-back, of cotangents and inputs."""
@@ -190,16 +193,16 @@ class Scan:
             carry, kept, ys = self._by_segments(segment, length, lengths[0], carry, None, xs, avals)
             return carry, ys, kept
         joint, n_carry = self.joint, self.sizes[1]
-        inputs, outvars = joint.inputs[sum(self.is_out) :], joint.outvars[: len(self.out_avals)]
+        inputs, outvars = self.inputs[sum(self.is_out) :], joint.outvars[: len(self.out_avals)]
         read_carry = [v in emission.read for v in self._split(inputs)[1]]
 
         def step(carry, x):
-            env = dict(zip(inputs, [*consts, *carry, *x], strict=True))
+            env = self.consts | dict(zip(inputs, [*consts, *carry, *x], strict=True))
             emission.forward(env)
             outs = [read(env, v) for v in outvars]
             return outs[:n_carry], (outs[n_carry:], ([env[v] for v in emission.saved], _chosen(carry, read_carry)))
 
-        carry, (ys, kept) = self._scan(step, carry, xs, length)
+        carry, (ys, kept) = self._scan(step, carry, xs, length, unroll=self.eqn.params["unroll"])
         return carry, ys, kept
 
     def _backward(
@@ -225,7 +228,7 @@ class Scan:
             )
             return *state, ct_xs
         joint, n = self.joint, sum(self.is_out)
-        of_cts, inputs, grads = joint.inputs[:n], joint.inputs[n:], joint.outvars[len(self.out_avals) :]
+        of_cts, inputs, grads = self.inputs[:n], self.inputs[n:], joint.outvars[len(self.out_avals) :]
         of_consts, of_carry, of_xs = self._split(inputs)
         of_carry = [v for v in of_carry if v in emission.read]
         n_sums, n_carry = len(sums), len(ct_carry)
@@ -233,17 +236,19 @@ class Scan:
         def step(state, given):
             (sums, ct_carry), (x, (saved, carry), ct_ys) = state, given
             names = [*of_cts, *of_consts, *of_xs, *of_carry, *emission.saved]
-            known = dict(zip(names, [*ct_carry, *ct_ys, *consts, *x, *carry, *saved], strict=True))
+            known = self.consts | dict(zip(names, [*ct_carry, *ct_ys, *consts, *x, *carry, *saved], strict=True))
             env = known | emission.backward(dict(known))
             out = [read(env, v) for v in grads]
             sums = [s + g for s, g in zip(sums, out[:n_sums], strict=True)]
             return (sums, out[n_sums : n_sums + n_carry]), out[n_sums + n_carry :]
 
-        (sums, ct_carry), ct_xs = self._scan(step, (sums, ct_carry), (xs, kept, ct_ys), length, back=True)
+        state, given, unroll = (sums, ct_carry), (xs, kept, ct_ys), self.eqn.params["unroll"]
+        (sums, ct_carry), ct_xs = self._scan(step, state, given, length, back=True, unroll=unroll)
         return sums, ct_carry, ct_xs
 
-    def _scan(self, step: Any, state: Any, given: Any, length: int, *, back: bool = False) -> Any:
-        return lax.scan(step, state, given, length=length, reverse=self.eqn.params["reverse"] != back)
+    def _scan(self, step: Any, state: Any, given: Any, length: int, *, back: bool = False, unroll: int = 1) -> Any:
+        reverse = self.eqn.params["reverse"] != back
+        return lax.scan(step, state, given, length=length, reverse=reverse, unroll=unroll)
 
     def _by_segments(
         self,
