@@ -273,6 +273,34 @@ def test_plan_refuses_in_its_own_words():
 # ------------------------------------------------------------------------------------------------ plans
 
 
+@unrolled
+def test_residual_networks_get_as_small_as_by_hand_for_no_more():
+    """Sums of cotangents run through such a network: they are handed on, and not what they are sums of."""
+    ws, x = [0.1 * W] * 12, jnp.ones((512, 16))
+
+    def by_hand(wrap, n):
+        def group(ws, x):
+            for w in ws:
+                x = jnp.sin(x @ w) + x
+            return x
+
+        def f(ws, x):
+            for k in range(0, len(ws), n):
+                x = wrap(group)(ws[k : k + n], x)
+            return jnp.mean(x**2)
+
+        return f
+
+    plain = by_hand(lambda f: f, 12)
+    for n in (2, 3):
+        segmented = jax.value_and_grad(by_hand(jax.checkpoint, n))
+        size = jax.jit(segmented).lower(ws, x).compile().memory_analysis().temp_size_in_bytes
+        plan = fg.plan(plain, ws, x, memory=size)
+        assert plan.compiled_bytes <= size
+        assert plan.flops <= fg.cost(segmented, ws, x).flops
+    assert fg.plan(plain, ws, x, memory="50%").extra_flops < 0.2
+
+
 def test_a_plan_of_types():
     types = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (W, X)]
     plan, of_arrays = fg.plan(scanned, *types, memory="60%"), fg.plan(scanned, W, X, memory="60%")

@@ -70,6 +70,24 @@ def test_small_programs(f, arrays):
     assert predicted == pytest.approx(needed(f, W, X), abs=4096)
 
 
+def residual(w, x):
+    for _ in range(6):
+        x = jnp.sin(x @ w) + x
+    return jnp.mean(x**2)
+
+
+def test_sums_that_are_read_here_and_behind_a_product_are_kept():
+    """XLA reads no more arrays than it must: a sum has memory rather than all that it is the sum of."""
+
+    def f(w, x):
+        for _ in range(6):
+            x = (jnp.cos(x) @ w) + x
+        return jnp.cos(x)
+
+    for program in (f, jax.grad(residual)):
+        assert fg.cost(program, W, X).temp_bytes == pytest.approx(needed(program, W, X), rel=0.1)
+
+
 def test_what_is_computed_again_is_not_kept():
     def loss(wrap):
         layer = wrap(lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w))

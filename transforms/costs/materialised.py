@@ -8,8 +8,10 @@ XLA fuses operations into kernels, and only what one kernel hands to another has
 2. Fusion. What is computed element by element is computed where it is read, as often as it is read. It is *materialised* where a
    library call (product, convolution, sort …) reads it, and where it is expensive (exp, tanh …) and has several
    readers. On CPUs a reduction draws in what only it reads, up to a number of operations; what it shares with others,
-   broadcast numbers too, is materialised. On GPUs it computes what it reads; there, what several kernels read is materialised
-   if it is computed from several arrays of its size, or else a mask of it.
+   broadcast numbers too, is materialised. So is what is computed from several arrays of its size, if it has several readers
+   and one of them also needs it by way of something in memory: the sums in a residual network. On GPUs a reduction computes
+   what it reads; there, what several kernels read is materialised if it is computed from several arrays of its size, or
+   else a mask of it.
 3. Schedule. Breadth first: a kernel runs in the order in which its operands come to be there.
 4. Buffers. A value is alive until the last kernel that reads it, or that reads what is fused from it. A kernel writes over an
    operand of its size that dies with it. Results are the caller's memory, in which earlier temporaries find room. A
@@ -180,11 +182,22 @@ class _Program:
                 len(r.readers) == 1 and (r.follows_reduction or (k.name == _BROADCAST and r.name in backend.reductions))
             )
             k.follows_reduction = (k.name in backend.drawn or k.name == _BROADCAST) and any(map(follows, k.reads))
-        for k in reversed(self.kernels):
+        bit: dict[Kernel, int] = {}
+        after: dict[Kernel, int] = {}  # those that need a kernel, as bits
+        beyond: dict[Kernel, int] = {}  # of these, those that need it by way of something in memory
+        for n, k in enumerate(reversed(self.kernels)):
             self._draw(k)
-            k.is_materialised = (
-                k.is_output or not k.readers or not all(self._is_fused(k, reader) for reader in k.readers)
-            )
+            is_fused = {r: self._is_fused(k, r) for r in k.readers}
+            k.is_materialised = k.is_output or not k.readers or not all(is_fused.values())
+            if backend.sharing:
+                continue
+            bit[k], after[k], across = 1 << n, 0, 0
+            for r, is_part in is_fused.items():
+                after[k] |= bit[r] | after[r]
+                across |= beyond[r] if is_part else bit[r] | after[r]
+            if _is_of_several(k) and any(bit[r] & across for r in k.readers):
+                k.is_cheap, k.is_materialised = False, True
+            beyond[k] = after[k] if k.is_materialised else across
 
     def _find_spread(self) -> None:
         """What several kernels read is not cheap if it is computed from several arrays of its size.
@@ -334,6 +347,15 @@ class _Program:
                     found.add(k)
                     break
         return found
+
+
+def _is_of_several(k: Kernel) -> bool:
+    """Whether several read it, and it reads several arrays of its size: read again in each, these would be read more often."""
+    if not k.is_cheap or len(k.readers) < 2 or k.step is None:
+        return False
+    arguments = {v for v in k.step.reads if v.argument not in (None, NUMBER) and _count(v.aval) >= k.count}
+    made = [r for r in k.reads if r.count >= k.count and r.name != _BROADCAST]
+    return len(made) + len(arguments) > 1
 
 
 def _makes_room(k: Kernel, later: Kernel) -> bool:
