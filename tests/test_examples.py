@@ -106,5 +106,9 @@ def test_whole(name, seconds, tmp_path):
         assert float(last.split()[1]) >= 0.98
     elif name == "adaptive_ode":
         assert float(last.split()[1]) < 0.05
+    elif name == "budget":
+        mib = lambda label: float(re.search(rf"{label} +([\d.]+) MiB", out)[1])
+        assert mib("by budget +25%") <= mib("no remat") / 4
+        assert mib("by budget +10%") <= mib("no remat") / 10
     else:
         assert float(re.search(r"([\d.]+) in training", last)[1]) < 2.0

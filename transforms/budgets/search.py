@@ -287,8 +287,11 @@ class Search:
         rough = cheapest[: max(min(POLISHED, int(self.effort)), 1)]
         if self.effort >= 2:  # those that hold all gain the most
             rough += [choice for choice in cheapest if choice.held is None and choice not in rough]
-        best = [self.polished(choice, budget) for choice in rough]
-        return min(best, key=lambda pair: pair[1].seconds, default=None)
+        best = min((self.polished(choice, budget) for choice in rough), key=lambda pair: pair[1].seconds, default=None)
+        free = self.joint.machine.held - 1
+        if best and best[1].peak <= free < budget:  # it stays where memory takes no time: what has room there is kept
+            best = self.polished(self.refilled(best[0], free), free)
+        return best
 
     def polished(self, choice: Choice, budget: float) -> tuple[Choice, Outcome]:
         """Exchange single nodes: drop those that are worth little by now, and keep those that then have room."""

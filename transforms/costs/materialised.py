@@ -131,7 +131,7 @@ class _Program:
         remat = step.remat if backend.has_barriers else None
         key: Any = id(step)
         if is_elementwise or name in REDUCTIONS:
-            key = name, *map(_identity, operands), id(remat), str(eqn.params), str(eqn.outvars[0].aval)
+            key = name, *map(_identity, operands), id(remat), str(eqn.params), eqn.outvars[0].aval.dtype
         if key not in self.known:
             # By a number, a division is a product.
             is_cheap = name in backend.cheap or (name in ("div", "rem") and step.reads[1].argument == NUMBER)
@@ -182,22 +182,22 @@ class _Program:
                 len(r.readers) == 1 and (r.follows_reduction or (k.name == _BROADCAST and r.name in backend.reductions))
             )
             k.follows_reduction = (k.name in backend.drawn or k.name == _BROADCAST) and any(map(follows, k.reads))
-        bit: dict[Kernel, int] = {}
-        after: dict[Kernel, int] = {}  # those that need a kernel, as bits
-        beyond: dict[Kernel, int] = {}  # of these, those that need it by way of something in memory
+        upto: dict[Kernel, int] = {}  # a kernel and those that need it, as bits
+        beyond: dict[Kernel, int] = {}  # those that need it by way of something in memory
         for n, k in enumerate(reversed(self.kernels)):
             self._draw(k)
-            is_fused = {r: self._is_fused(k, r) for r in k.readers}
-            k.is_materialised = k.is_output or not k.readers or not all(is_fused.values())
+            k.is_materialised = (
+                k.is_output or not k.readers or not all(self._is_fused(k, reader) for reader in k.readers)
+            )
             if backend.sharing:
                 continue
-            bit[k], after[k], across = 1 << n, 0, 0
-            for r, is_part in is_fused.items():
-                after[k] |= bit[r] | after[r]
-                across |= beyond[r] if is_part else bit[r] | after[r]
-            if _is_of_several(k) and any(bit[r] & across for r in k.readers):
+            after = across = 0
+            for r in k.readers:
+                after |= upto[r]
+                across |= beyond[r] if self._is_fused(k, r) else upto[r]
+            if _is_of_several(k) and any(across >> upto[r].bit_length() - 1 & 1 for r in k.readers):
                 k.is_cheap, k.is_materialised = False, True
-            beyond[k] = after[k] if k.is_materialised else across
+            upto[k], beyond[k] = after | 1 << n, after if k.is_materialised else across
 
     def _find_spread(self) -> None:
         """What several kernels read is not cheap if it is computed from several arrays of its size.
