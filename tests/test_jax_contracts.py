@@ -204,6 +204,13 @@ def test_the_context_of_a_trace_is_a_value():
         assert hash(_jax.trace_context()) != hash(before)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_effects_that_keep_their_order_are_known(ordered):
+    notice = lambda x: jax.debug.callback(lambda _: None, x, ordered=ordered)
+    (effect,) = jax.make_jaxpr(notice)(1.0).effects
+    assert _jax.is_ordered(effect) is ordered
+
+
 def test_weak_types_are_cast():
     weak = jax.typeof(1.0)
     assert _jax.cast(jnp.float32(1), weak).weak_type
