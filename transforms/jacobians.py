@@ -63,11 +63,12 @@ def _split(f: Callable, argnums: Any, args: tuple, kwargs: dict) -> tuple[Callab
 def _by_columns(of_chosen: Callable, chosen: Any, has_aux: bool, chunk: int) -> Any:
     """Forward mode: `chunk` tangents at a time."""
     primals, tree = tree_flatten(chosen)
+    options: dict[str, Any] = dict(has_aux=has_aux)
     if has_effects(jax.make_jaxpr(of_chosen)(chosen)):  # those happen once, though what is linear needs memory then
-        out, linear, *aux = jax.linearize(of_chosen, chosen, has_aux=has_aux)
+        out, linear, *aux = jax.linearize(of_chosen, chosen, **options)
         pushed = lambda tangent: (out, linear(tangent), *aux)
     else:
-        pushed = lambda tangent: jax.jvp(of_chosen, (chosen,), (tangent,), has_aux=has_aux)
+        pushed = lambda tangent: jax.jvp(of_chosen, (chosen,), (tangent,), **options)
 
     def piece(start, size):
         def push(*tangents):
