@@ -64,7 +64,7 @@ def _by_columns(of_chosen: Callable, chosen: Any, has_aux: bool, chunk: int) -> 
     """Forward mode: `chunk` tangents at a time."""
     primals, tree = tree_flatten(chosen)
     options: dict[str, Any] = dict(has_aux=has_aux)
-    if has_effects(jax.make_jaxpr(of_chosen)(chosen)):  # those happen once, though what is linear needs memory then
+    if has_effects(jax.make_jaxpr(of_chosen)(chosen)):  # those happen once, and residuals are kept for it
         out, linear, *aux = jax.linearize(of_chosen, chosen, **options)
         pushed = lambda tangent: (out, linear(tangent), *aux)
     else:

@@ -10,6 +10,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from funcgrad.transforms.budgets import plans
 from funcgrad.transforms.budgets.planning import COMPILES, Planner
@@ -20,7 +21,7 @@ import funcgrad as fg
 
 from ..checks import assert_close_values
 from ..trainings import trainings
-from .test_budgets import EFFECTS, W, X, chained, default, loss, scanned, seen
+from .test_budgets import EFFECTS, W, X, chained, default, loss, scanned, seen, smallest
 
 OLD = jax.__version_info__ < (0, 11)
 unrolled = pytest.mark.skipif(
@@ -236,6 +237,14 @@ def test_references():
     for f, args in ((lambda x: x * ref[...], ()), (lambda x, r: x * r[...], (ref,))):
         with pytest.raises(fg.ArgumentError, match="takes no references, and closes over none"):
             fg.grad(f, memory="50%")(1.0, *args)
+
+    def inside(x):
+        total = jax.new_ref(jnp.zeros(()))
+        total[...] += jnp.sin(x)
+        total[...] *= x
+        return total[...]
+
+    np.testing.assert_allclose(fg.grad(inside, memory=smallest(inside, 0.5))(0.5), jax.grad(inside)(0.5), rtol=1e-6)
 
 
 def test_references_inside():

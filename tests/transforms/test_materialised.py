@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from funcgrad.transforms.costs.backends import BACKENDS
-from funcgrad.transforms.costs.materialised import copied_bytes
+from funcgrad.transforms.costs.calls import copied_bytes
 from jax import lax
 
 import funcgrad as fg

@@ -23,7 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from .. import _jax, layouts
 from ..costs.backends import Backend
-from ..costs.materialised import copied_bytes, materialised, temp_bytes, workspace_bytes
+from ..costs.calls import copied_bytes, workspace_bytes
+from ..costs.materialised import materialised, temp_bytes
 from ..costs.operations import Work, nbytes
 from ..costs.steps import Unfolding, Value, total
 from ..living import run

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from .backends import MOVES, REDUCTIONS, Backend
+from .calls import is_moved, order_of, workspace_bytes
 from .operations import nbytes
 from .steps import NUMBER, Step, Value
 
@@ -151,8 +152,8 @@ class _Program:
         """The kernel that makes an operand as the step takes it, or what identifies the argument or number that it is."""
         v, atom = step.reads[k], step.eqn.invars[k]
         source = str(atom.val) if v.argument == NUMBER and hasattr(atom, "val") else self.of.get(v, v)
-        order = _order(step.eqn, k, self.backend)
-        if order is not None and _is_moved(order, atom.aval.shape):
+        order = order_of(step.eqn, k, self.backend)
+        if order is not None and is_moved(order, atom.aval.shape):
             return self._moved(_COPY, source, atom.aval, step, order)
         if is_elementwise and step.eqn.primitive.name not in MOVES:
             shape = step.eqn.outvars[0].aval.shape
@@ -379,40 +380,3 @@ def _returned(step: Step) -> Value | None:
     if name == "max" and any(np.ndim(a.val) == 0 and a.val == -np.inf for a in eqn.invars if hasattr(a, "val")):
         return next((v for v in step.reads if v.argument != NUMBER), None)
     return None
-
-
-def workspace_bytes(eqn: Any, backend: Backend) -> int:
-    """The bytes that a product of two matrices of m · n · k ≥ 2²⁷ works in."""
-    if not backend.workspace or eqn.primitive.name != "dot_general":
-        return 0
-    avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-    is_large = all(a.ndim == 2 for a in avals) and math.prod(map(_count, avals)) >= 2**54  # (m · n · k)²
-    return backend.workspace * is_large
-
-
-def _order(eqn: Any, k: int, backend: Backend) -> Sequence[int] | None:
-    """The order of axes in which a library call takes its operand; None for any."""
-    if eqn.primitive.name not in backend.ordered:
-        return None
-    if eqn.primitive.name == "dot_general":
-        contracted, batch = (sides[k] for sides in eqn.params["dimension_numbers"])
-        free = [d for d in range(eqn.invars[k].aval.ndim) if d not in contracted and d not in batch]
-        if tuple(batch) == tuple(range(len(batch))) and len(contracted) == 1 and len(free) <= 1:
-            return None  # it takes a matrix and its transpose
-        return [*batch, *free, *contracted] if k == 0 else [*batch, *contracted, *free]
-    if eqn.primitive.name == "conv_general_dilated":
-        first, second, *space = eqn.params["dimension_numbers"][k]
-        return [first, *space, second] if k == 0 else [*space, second, first]
-    return None
-
-
-def copied_bytes(eqn: Any, backend: Backend) -> int:
-    """The bytes of the copies that a library call reads of operands whose axes have an order that it does not take."""
-    orders = ((v.aval, _order(eqn, k, backend)) for k, v in enumerate(eqn.invars))
-    return sum(nbytes(aval) for aval, order in orders if order is not None and _is_moved(order, aval.shape))
-
-
-def _is_moved(order: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether axes change places, but for those of size 1."""
-    kept = [d for d in order if shape[d] != 1]
-    return kept != sorted(kept)
