@@ -7,6 +7,7 @@ The tests run on the CPU unless the caller names platforms: `JAX_PLATFORMS=cuda,
 from __future__ import annotations
 
 import collections
+import gc
 import itertools
 import os
 
@@ -48,3 +49,12 @@ def promotion(request):
     rule = "standard" if request.node.get_closest_marker("standard_promotion") else "strict"
     with jax.numpy_dtype_promotion(rule):
         yield
+
+
+@pytest.fixture
+def fresh_heap():
+    """For a test that takes the time: the garbage collector does not go through what other tests have left."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

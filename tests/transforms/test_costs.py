@@ -516,6 +516,7 @@ def test_caches_are_measured_once_and_fast():
     assert machines.cache_bytes.cache_info().misses == 1
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_ten_thousand_equations_in_seconds():
     def f(x):
         for _ in range(5_000):

@@ -102,6 +102,7 @@ def test_the_prediction_is_in_the_dict():
     assert cost.dict()["temp_bytes"] == cost.temp_bytes
 
 
+@pytest.mark.usefixtures("fresh_heap")
 @pytest.mark.parametrize("f", [lambda x: jnp.sin(x) * x, lambda x: x * 2 + 1])
 def test_ten_thousand_equations_in_two_seconds(f):
     def program(x):

@@ -151,22 +151,27 @@ class _Program:
     def _operand(self, step: Step, k: int, is_elementwise: bool) -> Any:
         """The kernel that makes an operand as the step takes it, or what identifies the argument or number that it is."""
         v, atom = step.reads[k], step.eqn.invars[k]
-        source = str(atom.val) if v.argument == NUMBER and hasattr(atom, "val") else self.of.get(v, v)
+        source: Any = self.of.get(v, v)
+        if v.argument == NUMBER and hasattr(atom, "val"):
+            source = np.asarray(atom.val).tobytes()
         order = order_of(step.eqn, k, self.backend)
-        if order is not None and is_moved(order, atom.aval.shape):
-            return self._moved(_COPY, source, atom.aval, step, order)
+        shape = getattr(atom.aval, "shape", ())
+        if order is not None and is_moved(order, shape):
+            return self._moved(_COPY, source, atom.aval, step, shape, tuple(order))
         if is_elementwise and step.eqn.primitive.name not in MOVES:
-            shape = step.eqn.outvars[0].aval.shape
-            if getattr(atom.aval, "shape", shape) != shape:
-                return self._moved(_BROADCAST, source, atom.aval.update(shape=shape), step, shape)
+            made = step.eqn.outvars[0].aval.shape
+            if shape != made:
+                return self._moved(_BROADCAST, source, atom.aval, step, made)
         return source
 
-    def _moved(self, name: str, source: Any, aval: Any, step: Step, how: Sequence[int]) -> Kernel:
-        """A copy in another order of axes, or a broadcast; one for all that read it."""
+    def _moved(
+        self, name: str, source: Any, aval: Any, step: Step, shape: tuple[int, ...], order: Any = None
+    ) -> Kernel:
+        """A copy in another order of axes, or a broadcast to `shape`; one for all that read it."""
         remat = step.remat if self.backend.has_barriers else None
-        key = name, _identity(source), str(aval), tuple(how), id(remat)
+        key = name, _identity(source), shape, getattr(aval, "dtype", None), order, id(remat)
         if key not in self.known:
-            reads = [source] if isinstance(source, Kernel) else []
+            reads, aval = [source] if isinstance(source, Kernel) else [], aval.update(shape=shape)
             moved = Kernel(name, nbytes(aval), _count(aval), reads, None, remat, True, True)
             self.known[key] = [self._kernel(moved)]
         return self.known[key][0]
@@ -249,12 +254,12 @@ class _Program:
 
     def _schedule(self) -> None:
         """Sort the kernels as they run: breadth first."""
-        after = {k: list(k.readers) for k in self.kernels}
         missing = {k: len(k.reads) for k in self.kernels}
+        barriers = defaultdict[Kernel, list[Kernel]](list)  # that a kernel comes before
         for barrier, entered in self._barriers():
-            after[barrier], missing[barrier] = entered, len(barrier.reads)
+            barrier.readers, missing[barrier] = entered, len(barrier.reads)
             for k in barrier.reads:
-                after[k].append(barrier)
+                barriers[k].append(barrier)
             for k in entered:
                 missing[k] += 1
         order: list[Kernel] = []
@@ -266,7 +271,7 @@ class _Program:
                 continue
             k = ready.pop() if ready else running.popleft()
             order.append(k)
-            for reader in reversed(after[k]):
+            for reader in reversed([*k.readers, *barriers.get(k, ())]):
                 missing[reader] -= 1
                 if not missing[reader]:
                     ready.append(reader)
@@ -365,7 +370,7 @@ def _makes_room(k: Kernel, later: Kernel) -> bool:
 
 
 def _identity(operand: Any) -> Any:
-    return operand if isinstance(operand, str) else id(operand)
+    return operand if isinstance(operand, bytes) else id(operand)
 
 
 def _count(aval: Any) -> int:

@@ -18,7 +18,7 @@ Sources:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +37,24 @@ class Work:
     bytes_read: float = 0
     bytes_written: float = 0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.flops + other.flops,
-            self.transcendentals + other.transcendentals,
-            self.bytes_read + other.bytes_read,
-            self.bytes_written + other.bytes_written,
+    @classmethod
+    def sum(cls, works: Iterable[Work]) -> Work:
+        """All of them together."""
+        works = list(works)
+        return cls(
+            sum(w.flops for w in works),
+            sum(w.transcendentals for w in works),
+            sum(w.bytes_read for w in works),
+            sum(w.bytes_written for w in works),
         )
 
     def times(self, n: float) -> Work:
         """The same work, done `n` times."""
-        return Work(self.flops * n, self.transcendentals * n, self.bytes_read * n, self.bytes_written * n)
+        return (
+            self
+            if n == 1
+            else Work(self.flops * n, self.transcendentals * n, self.bytes_read * n, self.bytes_written * n)
+        )
 
     @property
     def bytes(self) -> float:
@@ -178,7 +185,7 @@ def _general_reduction(eqn: Any) -> tuple[float, float] | None:
 
 def _combiner(jaxpr: Any, n: int) -> tuple[float, float] | None:
     found = [work(eqn) for eqn in jaxpr.eqns]
-    total = sum((w for w in found if w), Work())
+    total = Work.sum(w for w in found if w)
     return (total.flops * n, total.transcendentals * n) if None not in found else None
 
 

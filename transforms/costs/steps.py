@@ -241,7 +241,7 @@ class Unfolding:
 
 def total(steps: Sequence[Step]) -> Work:
     """The work of steps, as often as they run; what is unknown is none."""
-    return sum((s.work.times(s.times) for s in leaves(steps) if s.work), Work())
+    return Work.sum(s.work.times(s.times) for s in leaves(steps) if s.work)
 
 
 def leaves(steps: Sequence[Step]) -> Iterator[Step]:

@@ -294,7 +294,7 @@ def _amount(n: float, unit: str, unknown: Any) -> str:
 
 
 def _sum(rows: Sequence[Row]) -> Work:
-    return sum((row.work for row in rows), Work())
+    return Work.sum(row.work for row in rows)
 
 
 def _called(eqn: Any) -> str:

@@ -107,11 +107,9 @@ def kernels_of(module: Module, tags: Sequence[Tag]) -> list[Kernel]:
     doers = {t: [k for k, parts in enumerate(inside) if parts.get(t, -1) == most] for t, most in best.items()}
     kernels = []
     for k, (run, parts) in enumerate(zip(runs, inside, strict=True)):
-        work = Work()
-        for t in parts:
-            share = doers[t] if best[t] >= CORE else doers[t][:1]
-            if k in share:
-                work += (tags[t].row.once or Work()).times(run.trips / len(share))
+        shares = {t: doers[t] if best[t] >= CORE else doers[t][:1] for t in parts}
+        works = [(tags[t].row.once, run.trips / len(share)) for t, share in shares.items() if k in share]
+        work = Work.sum(once.times(n) for once, n in works if once)
         read, written = (bytes_ * (run.times or 1) for bytes_ in _traffic(module, run.instruction))
         whole = Work(work.flops, work.transcendentals, read, written)
         rows = tuple(tags[t].row for t in parts or neighbours.of(run.instruction) or run.owner)
