@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from funcgrad.transforms.budgets.planning import Planner
 from funcgrad.transforms.budgets.programs import Call, Config
-from funcgrad.transforms.budgets.search import Choice, Search, everything
+from funcgrad.transforms.budgets.search import Search, everything
+from funcgrad.transforms.budgets.simulation import Choice
 from funcgrad.transforms.loops import Loops
 
 from tests import trainings

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.budgets import plans, search
+from funcgrad.transforms.budgets import plans, search, simulation
 from funcgrad.transforms.budgets.programs import Config, Proposal
 from funcgrad.transforms.budgets.scans import Option
 from funcgrad.transforms.loops import Loops
@@ -227,7 +227,7 @@ def assert_all_options(f, most):
     longest = max(map(len, options), default=1)
     for k in sorted({round(k) for k in np.linspace(0, longest - 1, most)}):
         traced = planner.trace(Config(tuple(o[min(k, len(o) - 1)] for o in options), Loops()))
-        made = planner._compiled(Proposal(traced, search.Choice(search.pinned(traced.joint)), 0.0, 0))
+        made = planner._compiled(Proposal(traced, simulation.Choice(search.pinned(traced.joint)), 0.0, 0))
         assert_close_values(planner.run(made, values), want)
 
 
@@ -246,7 +246,7 @@ def in_segments(f, args, lengths, saved, is_staged=True):
     """The value and gradients of `f`, whose only scan keeps these nodes, None for all, in segments of these lengths."""
     planner, _ = planner_of(f, args, argnums=(0, 1))
     (only,) = planner.scans.values()
-    choice = search.Choice(search.everything(only.joint) if saved is None else saved, is_staged=is_staged)
+    choice = simulation.Choice(search.everything(only.joint) if saved is None else saved, is_staged=is_staged)
     made = planner._compiled(Proposal(planner.trace(Config((Option(choice, lengths, 0, 0),), Loops())), None, 0.0, 0))
     return lambda *values: planner.run(made, values)
 
@@ -319,7 +319,7 @@ def assert_any_choice(f, args, given, rounds=4):
         nodes = range(len(traced.joint.nodes))
         saved = {v for v in nodes if draw.random() < (0, 0.5, 0.9, 0.2)[k]} | search.pinned(traced.joint)
         held = frozenset(v for v in nodes if draw.random() < 0.5) if k % 2 else None
-        choice = search.Choice(frozenset(saved), held, is_staged=draw.random() < 0.7)
+        choice = simulation.Choice(frozenset(saved), held, is_staged=draw.random() < 0.7)
         made = planner._compiled(Proposal(traced, choice, 0.0, 0))
         got = planner.run(made, values)
         shapes = lambda tree: jax.tree.map(lambda x: x.shape if x.dtype == jax.dtypes.float0 else x, tree)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.budgets import joint, plans, search
+from funcgrad.transforms.budgets import joint, plans, search, simulation
 from funcgrad.transforms.budgets.nominal import NOMINAL
 from funcgrad.transforms.budgets.programs import Config, Proposal
 from funcgrad.transforms.budgets.scans import Scan
@@ -47,7 +47,7 @@ def passing(x):
 @unrolled
 def test_what_is_read_on_the_way_alone_is_not_counted_together():
     planner, traced = searched(passing, NARROW)
-    choice = search.Choice(search.pinned(traced.joint))
+    choice = simulation.Choice(search.pinned(traced.joint))
     outcome = traced.search.simulate(choice, 0)
     assert INNER < outcome.peak < 2 * INNER
     made = planner._compiled(Proposal(traced, choice, outcome.seconds, outcome.peak))
@@ -80,11 +80,11 @@ def test_a_gradient_without_its_value_costs_no_more(memory):
 def test_what_is_remembered_of_chains_changes_nothing():
     loss, args = resnet(depth=4, channels=8, size=8, batch=4)
     program = searched(loss, *args)[1].joint
-    draw, nodes, one = np.random.default_rng(0), range(len(program.nodes)), search.Simulation(program, is_new=True)
+    draw, nodes, one = np.random.default_rng(0), range(len(program.nodes)), simulation.Simulation(program, is_new=True)
     for _ in range(50):
         saved, held = (frozenset(k for k in nodes if draw.random() < p) for p in (0.2, 0.8))
-        choice = search.Choice(saved | search.pinned(program), held, is_staged=draw.random() < 0.8)
-        assert one(choice, 0) == search.Simulation(program, is_new=True)(choice, 0)
+        choice = simulation.Choice(saved | search.pinned(program), held, is_staged=draw.random() < 0.8)
+        assert one(choice, 0) == simulation.Simulation(program, is_new=True)(choice, 0)
     assert len(one.chains) < 50 * len(program.stages)
 
 
@@ -111,7 +111,7 @@ def test_some_of_what_is_computed_again_is_held():
 def test_a_smaller_budget_never_gets_a_cheaper_choice():
     loss, args = resnet(depth=4, channels=8, size=8, batch=4)
     _, traced = searched(loss, *args)
-    whole = traced.search.simulate(search.Choice(search.everything(traced.joint)), 0).peak
+    whole = traced.search.simulate(simulation.Choice(search.everything(traced.joint)), 0).peak
     found = [traced.search.best(part * whole) for part in np.linspace(0.2, 1, 9)]
     seconds = [outcome.seconds for _, outcome in filter(None, found)]
     assert len(seconds) > 4

@@ -16,7 +16,7 @@ from jax import lax
 
 from .. import _jax
 from .joint import SEAM, Joint, mark_of, variables
-from .search import Choice
+from .simulation import Choice
 
 AGAIN = "rematted_computation"  # JAX's own name for the scope of what is computed again
 

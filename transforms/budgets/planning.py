@@ -30,7 +30,8 @@ from .joint import Joint, flattened, seam
 from .nominal import NOMINAL
 from .programs import Call, Candidate, Config, Proposal, Traced
 from .scans import Option, Scan
-from .search import TINY_S, Choice, Search, everything
+from .search import TINY_S, Search, everything
+from .simulation import Choice
 
 COMPILES = 4  # for a new budget
 PROPOSALS = 10  # most of which are known

@@ -11,7 +11,8 @@ from jax.tree_util import tree_unflatten
 from ..loops import Loops
 from .joint import Joint
 from .scans import Option
-from .search import Choice, Search
+from .search import Search
+from .simulation import Choice
 
 
 class Config(NamedTuple):

@@ -27,7 +27,8 @@ from ..costs.operations import nbytes
 from .emission import AGAIN, Emission, read
 from .joint import SEAM, Joint
 from .nominal import Nominal
-from .search import Choice, Simulation, everything
+from .search import everything
+from .simulation import Choice, Simulation
 
 
 class Option(NamedTuple):
@@ -106,7 +107,7 @@ class Scan:
         joint, machine, length = self.joint, self.joint.machine, self.eqn.params["length"]
         outcome, sizes = self._simulate(choice, 0), self._simulate.sizes_with(choice.saved)
         const_bytes, carry_bytes, _ = (sum(map(nbytes, avals)) for avals in self._split(self.avals))
-        saved_bytes = sum(sizes[k] for k in choice.saved)
+        saved_bytes = sum(int(sizes[k]) for k in choice.saved)
         # Each level keeps the carry where its segments start, the innermost also what the choice saves of each step.
         kept = [math.ceil(a / b) * carry_bytes for a, b in pairwise((length, *lengths))]
         kept.append((lengths or (length,))[-1] * (saved_bytes + carry_bytes))

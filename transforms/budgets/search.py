@@ -1,8 +1,8 @@
 """Which nodes to keep: a search on the simulated peak.
 
-A simulation runs the two parts as `emission` lays them out. The search starts from what keeps everything, and from what keeps
-only the values between segments of stages. It drops nodes of one kind together, best ratio of bytes above the budget to
-seconds first: from what is saved, then from what is held of what is computed again. Last, it keeps again what has room.
+The search starts from what keeps everything, and from what keeps only the values between segments of stages. It drops nodes
+of one kind together, best ratio of bytes above the budget to seconds first: from what is saved, then from what is held of
+what is computed again. Last, it keeps again what has room.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
-from .joint import Joint, Stage
+from .joint import Joint
+from .simulation import Choice, Outcome, Simulation
 
 TINY_S = 1e-9
 PARTS = 4  # of a segment, between which values may be held
@@ -27,178 +27,6 @@ POLISHED = 3  # of the best
 SINGLES = 200  # nodes that are tried one by one in the end
 LITTLE = 0.3  # of what a node would be worth that is not kept
 ENOUGH = 0.999
-
-
-class Choice(NamedTuple):
-    """What is kept.
-
-    Attributes:
-      saved: nodes that the forward part keeps for the backward part.
-      held: nodes that are kept from the stage that computes them again to the last that reads them; None for all.
-      is_staged: whether each stage computes again what it reads. If not, all of that is computed at once.
-    """
-
-    saved: frozenset[int]
-    held: frozenset[int] | None = None
-    is_staged: bool = True
-
-    def stages(self, joint: Joint) -> Sequence[Stage]:
-        """The stages of the backward part."""
-        return joint.stages if self.is_staged else [joint.whole]
-
-
-class Outcome(NamedTuple):
-    """What a choice comes to.
-
-    Attributes:
-      peak: in bytes.
-      seconds: of what it computes again, and to take so much memory, or in the body of a loop to hand it on, on the nominal
-        machine.
-      excess: bytes above the budget, over all equations.
-    """
-
-    peak: int
-    seconds: float
-    excess: float
-
-
-class Chain(NamedTuple):
-    """What a stage computes again.
-
-    Attributes:
-      nodes: these.
-      sources: nodes that are there already, and that these read.
-      unread: of the nodes, those that only others of them may read.
-      seconds: to compute all of them.
-      bumps: by what is read in it alone, how much more is alive while it is computed than after it.
-    """
-
-    nodes: frozenset[int]
-    sources: frozenset[int]
-    unread: frozenset[int]
-    seconds: float
-    bumps: dict[frozenset[int], int]
-
-
-class Simulation:
-    """The memory and time of choices, as they would be if equations ran in their order.
-
-    Args:
-      joint: the program.
-      is_new: whether it takes its memory anew, unlike the body of a loop. There, what stages hand on may count.
-    """
-
-    def __init__(self, joint: Joint, *, is_new: bool):
-        self.joint, self.machine, self.is_new = joint, joint.machine, is_new
-        self.sizes = [node.bytes for node in joint.nodes]
-        self.seconds = [node.seconds for node in joint.nodes]
-        self.sources = [node.sources for node in joint.nodes]
-        self.not_run = frozenset(k for k, node in enumerate(joint.nodes) if not node.is_run)
-        self.last_forward = np.array(joint.last_forward, np.int64)
-        self.known: dict[tuple[Choice, float], Outcome] = {}
-        self.chains: dict[tuple[int, int, frozenset[int]], Chain] = {}
-
-    def __call__(self, choice: Choice, budget: float) -> Outcome:
-        """The outcome of a choice."""
-        if (choice, budget) not in self.known:
-            self.known[choice, budget] = self._outcome(choice, budget)
-        return self.known[choice, budget]
-
-    def _outcome(self, choice: Choice, budget: float) -> Outcome:
-        sizes, held = self.sizes_with(choice.saved), choice.held
-        change = [0] * (len(self.joint.backward_bytes) + 1)
-        chains: list[tuple[Stage, Chain]] = []
-        born, last = dict.fromkeys(choice.saved, 0), dict[int, int]()
-        done: set[int] = set()
-        cost = 0.0
-        for stage in choice.stages(self.joint):
-            start, _, reads = stage
-            if missing := frozenset([v for v in reads if v not in born]):  # quicker than the difference of two views
-                chain = self._chain(stage, missing, born)
-                last.update(dict.fromkeys(chain.sources, start))
-                cost += chain.seconds - sum(self.seconds[v] for v in (chain.nodes & self.not_run) - done)
-                done |= chain.nodes
-                chains.append((stage, chain))
-                kept = chain.nodes if held is None else chain.nodes & held
-                born.update(dict.fromkeys(kept, start))
-                last.update(dict.fromkeys(kept, start))
-                for v in missing - kept:
-                    change[start] += sizes[v]
-                    change[reads[v] + 1] -= sizes[v]
-            last.update(reads)
-        bumps: list[tuple[int, int]] = []
-        crossing = 0
-        for (start, stop, _), chain in chains:
-            if self.machine.is_fusing and not self.is_new:
-                crossing += sum(sizes[v] for v in chain.nodes if v in born and last[v] >= stop)
-            passing = frozenset(v for v in chain.unread if v not in born or last[v] == start)
-            if passing:
-                for v in passing & born.keys():
-                    del born[v]
-                bumps.append((start, self._bump(chain, passing)))
-        for v, at in born.items():
-            if v in last:
-                change[at] += sizes[v]
-                change[last[v] + 1] -= sizes[v]
-        profile = self.joint.backward_bytes + np.cumsum(change[:-1])
-        for at, extra in bumps:
-            profile[at] += extra
-        before = self._forward(choice.saved, sizes)
-        peak = int(max(profile.max(initial=0), before.max(initial=0)))
-        excess = np.maximum(profile - budget, 0).sum() + np.maximum(before - budget, 0).sum()
-        cost += self.machine.taken(peak) if self.is_new else self.machine.moved(crossing, crossing)
-        return Outcome(peak, cost, float(excess))
-
-    def _chain(self, stage: Stage, missing: frozenset[int], known: dict[int, int]) -> Chain:
-        """What a stage must compute for what it misses; mostly what it did in the choice before."""
-        key = stage.start, stage.stop, missing
-        chain = self.chains.get(key)
-        if chain and known.keys() >= chain.sources and known.keys().isdisjoint(chain.nodes):
-            return chain
-        found, read, todo = set(missing), set[int](), list(missing)
-        while todo:
-            for s in self.sources[todo.pop()]:
-                if s in known:
-                    read.add(s)
-                elif s not in found:
-                    found.add(s)
-                    todo.append(s)
-        seconds, unread = math.fsum(self.seconds[v] for v in found), frozenset(found - stage.reads.keys())
-        self.chains[key] = Chain(frozenset(found), frozenset(read), unread, seconds, {})
-        return self.chains[key]
-
-    def _bump(self, chain: Chain, passing: frozenset[int]) -> int:
-        """By how much more is alive while a chain is computed than after it; what is `passing` is read in it alone."""
-        if passing not in chain.bumps:
-            readers: dict[int, int] = {}
-            for v in chain.nodes:
-                for s in self.sources[v]:
-                    readers[s] = readers.get(s, 0) + 1
-            live = most = 0
-            for v in sorted(chain.nodes):
-                live += self.sizes[v]
-                most = max(most, live)
-                for s in self.sources[v]:
-                    readers[s] -= 1
-                    if not readers[s] and s in passing:
-                        live -= self.sizes[s]
-            chain.bumps[passing] = most - live
-        return chain.bumps[passing]
-
-    def sizes_with(self, saved: frozenset[int]) -> list[int]:
-        """The bytes of each node; of the results of what is saved only those that something reads later."""
-        sizes = self.sizes
-        for k in saved & self.joint.results.keys():
-            sizes = [*sizes] if sizes is self.sizes else sizes
-            sizes[k] = sum(r.bytes for r in self.joint.results[k] if r.is_read_back or not r.readers <= saved)
-        return sizes
-
-    def _forward(self, saved: frozenset[int], sizes: Sequence[int]) -> np.ndarray:
-        """What is alive at each node of the forward part."""
-        kept = np.fromiter(saved, np.int64, len(saved))
-        more = np.zeros(len(self.sizes) + 1, np.int64)
-        np.add.at(more, self.last_forward[kept] + 1, np.array(sizes, np.int64)[kept])
-        return self.joint.forward_bytes + np.cumsum(more[:-1])
 
 
 def everything(joint: Joint) -> frozenset[int]:
@@ -221,15 +49,15 @@ def segments(joint: Joint, count: int) -> frozenset[int]:
             alive[last[k]] -= node.bytes
     crossing = np.cumsum(alive[:-1])  # after each node
     work = np.cumsum([node.bytes for node in nodes], dtype=float)
+    is_run, final = np.array([node.is_run for node in nodes], bool), np.array(last)
     saved = set(pinned(joint))
     for k in range(1, count):
         aim, reach = work[-1] * k / count, work[-1] / count / 2
-        near = [i for i in range(n) if abs(work[i] - aim) <= reach and crossing[i]]
-        if not near:
-            continue
-        least = min(crossing[i] for i in near)
-        cut = min((i for i in near if crossing[i] == least), key=lambda i: abs(work[i] - aim))
-        saved |= {s for s in range(cut + 1) if nodes[s].is_run and last[s] > cut}
+        near = np.flatnonzero((abs(work - aim) <= reach) & (crossing != 0))
+        if len(near):
+            least = near[crossing[near] == np.min(crossing[near])]
+            cut = least[abs(work[least] - aim).argmin()]
+            saved.update(np.flatnonzero(is_run[: cut + 1] & (final[: cut + 1] > cut)).tolist())
     return frozenset(saved)
 
 
@@ -386,7 +214,7 @@ class Search:
             if getattr(choice, what) is None:
                 continue
             for kind in sorted(self.kinds, key=self._worth, reverse=True):
-                members = [k for k in self.kinds[kind] if k not in getattr(choice, what)]
+                members = [k for k in self.kinds[kind] if k not in choice.saved and k not in getattr(choice, what)]
                 if members:
                     kept = self._kept(what, choice, members, budget)
                     there = self.simulate(kept, budget)
