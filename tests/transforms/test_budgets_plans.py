@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import funcgrad as fg
 
 from ..checks import assert_close_values
-from ..trainings import trainings
+from ..trainings import resnet, trainings, transformer
 from .test_budgets import EFFECTS, W, X, chained, default, loss, scanned, seen, smallest
 
 OLD = jax.__version_info__ < (0, 11)
@@ -154,6 +154,24 @@ def test_plans_inside_of_traces(around):
         around(fg.grad(count, memory="60%"))
         assert count.runs == 1
         assert 1 < count.compiles <= COMPILES
+
+
+@unrolled
+def test_after_a_near_miss_a_little_less_is_aimed_at():
+    """What the prediction of the default misses by says nothing about programs that are a fifth of it."""
+    loss, args = transformer(lambda layer: layer)
+    plan = fg.plan(loss, *args, memory="20%")
+    assert plan.compiles <= COMPILES
+    assert plan.extra_flops < 0.3
+
+
+@unrolled
+def test_a_budget_out_of_reach_is_refused_after_few_compiles():
+    f, args = resnet(lambda layer: layer, depth=6, channels=4, size=16, batch=8)
+    with Count(f) as count:
+        with pytest.raises(fg.BudgetError):
+            fg.plan(count, *args, memory="20%")
+        assert count.compiles <= COMPILES
 
 
 def test_a_budget_that_was_refused_gets_a_program_that_another_budget_had_compiled():

@@ -37,6 +37,7 @@ COMPILES = 4  # for a new budget
 PROPOSALS = 10  # most of which are known
 MISSED = 0.985  # of a budget, what is aimed at after a miss
 MISSING = 1.25  # of what predictions missed, what the next may miss
+FAR = 0.9  # of what is aimed at after a miss, what is aimed at after two; if there is nothing, only the last ones are tried
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 MOST = 1.1  # of a budget, what is aimed at: a program may take less than simulated
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
@@ -184,25 +185,15 @@ class Planner:
         if self.default.bytes <= limit:
             return self.default
         tried = {(c.traced.config, c.choice): c for c in self.candidates}
-        # The default is one of the first budget's. Of others two are left for the last ones, until these were compiled.
         was_refused = None in self.answers.values()
-        most, made = COMPILES - (0 if was_refused else 2 if self.answers else 1), None
+        left, made = COMPILES - 1, None  # the default is one of the first budget's
         aim, ceiling = limit * self._bias(limit), limit * MOST
-
-        def sure():
-            """What fits also if predictions miss by as much as they did, or what XLA adds the least to."""
-            missing = max(c.bytes - c.predicted_bytes for c in tried.values() if c.bytes > limit)
-            aim = (limit - missing * (MISSING if missing > 0 else 1.0)) * MISSED
-            found = [*self._between_segments(limit * CLOSE), *filter(None, [self._propose(aim)])]
-            found = [p for p in found if (p.traced.config, p.choice) not in tried]
-            return min(found, key=lambda p: p.seconds, default=None)
-
         for _ in range(PROPOSALS):
             best = self.within(limit)
-            if most == 0:
-                break
             is_sure = bool(made and not best)
-            proposal = sure() if is_sure else self._propose(aim)
+            if not left or (is_sure and not was_refused and left == 2 and self._is_near_the_last(limit)):
+                break
+            proposal = self._sure(limit, left) if is_sure else self._propose(aim)
             if proposal is None:
                 if made or best or aim > ceiling:
                     break
@@ -219,18 +210,46 @@ class Planner:
                 continue
             if best and proposal.seconds >= best.seconds:
                 break
-            made, most = self._compiled(proposal), most - 1
+            made, left = self._compiled(proposal), left - 1
             tried[key] = made
             if CLOSE * limit <= made.bytes <= limit and not is_sure:
                 break
             aim = limit + made.predicted_bytes - made.bytes
             aim *= MISSED if made.bytes > limit else 1.0
-        for last in (lambda: self.plainest, lambda: self.smallest):
+        lasts = [lambda: self.plainest, lambda: self.smallest]
+        for last in lasts if left > 1 else reversed(lasts):
             proposal = None if self.within(limit) else last()
             if proposal and (proposal.traced.config, proposal.choice) not in tried:
                 made = self._compiled(proposal)
                 tried[made.traced.config, made.choice] = made
         return self.within(limit)
+
+    def _sure(self, limit: float, left: int) -> Proposal | None:
+        """The cheapest program that fits also if predictions miss by as much as they did, or what XLA adds the least to.
+
+        With one compile left, what fits also if they miss by more.
+        """
+        sure = self._sure_bytes(limit) * (FAR if left == 1 else 1.0)
+        plain = {p.choice for p in self._between_segments(math.inf)}
+        missed = self._missed(limit, [c for c in self.candidates if c.choice in plain])
+        found = self._between_segments(sure if left == 1 else min(limit * CLOSE, limit - missed))
+        found += filter(None, [self._propose(sure)])
+        tried = {(c.traced.config, c.choice) for c in self.candidates}
+        found = [p for p in found if (p.traced.config, p.choice) not in tried]
+        return min(found, key=lambda p: p.seconds, default=None)
+
+    def _sure_bytes(self, limit: float) -> float:
+        """Simulated bytes of what fits also if predictions miss by as much as they did."""
+        return (limit - self._missed(limit, [c for c in self.candidates if c.choice])) * MISSED
+
+    def _missed(self, limit: float, candidates: Sequence[Candidate]) -> float:
+        """By how much the next may take more than predicted, as those of some candidates did that do not fit."""
+        missed = max((c.bytes - c.predicted_bytes for c in candidates if c.bytes > limit), default=0)
+        return missed * (MISSING if missed > 0 else 1.0)
+
+    def _is_near_the_last(self, limit: float) -> bool:
+        """Whether nothing is predicted to be much smaller than what is aimed at after a miss."""
+        return self._propose(FAR * self._sure_bytes(limit)) is None
 
     @property
     def smallest_bytes(self) -> int:
