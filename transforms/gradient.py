@@ -100,7 +100,7 @@ def grad(
       memory: a budget for the temporaries of the gradient: bytes, as 2**30 or "1GiB", or a part of what it takes without
         one, as "50%". Arguments and results come on top. Values of the forward pass are then computed again in the backward
         pass, as few as the budget allows. The function is traced once per types of its arguments, as by `jax.jit`, and up
-        to four programs are compiled and measured, one or two more before a budget is refused, also inside of an outer
+        to four programs are compiled and measured, one or two more where these do not fit, also inside of an outer
         `jax.jit`; strings, bools and other arguments that are no arrays or numbers are static. Under an outer `vmap` the
         budget is that of one lane; of sharded arguments, that of one device. `fg.plan` says what a budget does.
       has_aux, holomorphic, allow_int, reduce_axes: as in `jax.grad`.

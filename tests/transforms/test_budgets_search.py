@@ -77,15 +77,16 @@ def test_a_gradient_without_its_value_costs_no_more(memory):
     assert fg.cost(fg.grad(loss, memory="100%"), *args).flops == default[0]
 
 
-def test_what_is_remembered_of_chains_changes_nothing():
-    loss, args = resnet(depth=4, channels=8, size=8, batch=4)
-    program = searched(loss, *args)[1].joint
-    draw, nodes, one = np.random.default_rng(0), range(len(program.nodes)), simulation.Simulation(program, is_new=True)
-    for _ in range(50):
-        saved, held = (frozenset(k for k in nodes if draw.random() < p) for p in (0.2, 0.8))
-        choice = simulation.Choice(saved | search.pinned(program), held, is_staged=draw.random() < 0.8)
-        assert one(choice, 0) == simulation.Simulation(program, is_new=True)(choice, 0)
-    assert len(one.chains) < 50 * len(program.stages)
+def test_a_function_that_keeps_nothing_is_refused_what_its_gradient_takes_itself():
+    def linear(x):
+        for _ in range(4):
+            x = x @ np.full((64, 512), 0.01, np.float32) @ np.full((512, 64), 0.01, np.float32)
+        return jnp.sum(x)
+
+    x = jnp.ones((64, 64))
+    np.testing.assert_allclose(fg.grad(linear, memory="100%")(x), jax.grad(linear)(x), rtol=1e-6)
+    with pytest.raises(fg.BudgetError):
+        fg.grad(linear, memory="60%")(x)
 
 
 def resnet(**sizes):

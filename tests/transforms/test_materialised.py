@@ -97,6 +97,19 @@ def test_what_is_computed_again_is_not_kept():
     assert remat < kept or OLD
 
 
+def test_a_number_is_the_same_however_it_is_written():
+    """JAX holds 2.0 as a number of Python or as one of an array's type."""
+
+    def f(make):
+        return lambda x: jnp.sum(x * make()) + jnp.sum(jnp.exp(x * jnp.full(x.shape, 2.0)))
+
+    x = jnp.ones((1000,))
+    typed, python = (
+        fg.cost(f(make), x).temp_bytes for make in (lambda: lax.full_like(x, 2.0), lambda: jnp.full(x.shape, 2.0))
+    )
+    assert typed == python
+
+
 def test_the_prediction_is_in_the_dict():
     cost = fg.cost(lambda w, x: (x @ w) @ w, W, X)
     assert cost.dict()["temp_bytes"] == cost.temp_bytes

@@ -37,7 +37,7 @@ COMPILES = 4  # for a new budget
 PROPOSALS = 10  # most of which are known
 MISSED = 0.985  # of a budget, what is aimed at after a miss
 MISSING = 1.25  # of what predictions missed, what the next may miss
-FAR = 0.9  # of what is aimed at after a miss, what is aimed at after two; if there is nothing, only the last ones are tried
+FAR = 0.9  # of what is aimed at after a miss, what is aimed at with one compile left
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 MOST = 1.1  # of a budget, what is aimed at: a program may take less than simulated
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
@@ -83,6 +83,7 @@ class Planner:
         self.traced: dict[Config, Traced] = {}
         self.candidates: list[Candidate] = []
         self.answers: dict[float, Candidate | None] = {}
+        self.has_lasts = False  # whether the plainest and the smallest program were compiled
 
     # ------------------------------------------------------------------------------------------------ what may be planned
 
@@ -184,24 +185,19 @@ class Planner:
         """`within` so many bytes, after some more programs were compiled."""
         if self.default.bytes <= limit:
             return self.default
-        tried = {(c.traced.config, c.choice): c for c in self.candidates}
-        was_refused = None in self.answers.values()
         left, made = COMPILES - 1, None  # the default is one of the first budget's
         aim, ceiling = limit * self._bias(limit), limit * MOST
         for _ in range(PROPOSALS):
-            best = self.within(limit)
+            best, tried = self.within(limit), {c.key: c for c in self.candidates}
             is_sure = bool(made and not best)
-            if not left or (is_sure and not was_refused and left == 2 and self._is_near_the_last(limit)):
-                break
             proposal = self._sure(limit, left) if is_sure else self._propose(aim)
             if proposal is None:
                 if made or best or aim > ceiling:
                     break
                 aim *= 1.03
                 continue
-            key = proposal.traced.config, proposal.choice
-            if key in tried:
-                if tried[key].bytes > limit:
+            if proposal.key in tried:
+                if tried[proposal.key].bytes > limit:
                     ceiling, aim = aim, aim * 0.97
                 elif aim > ceiling * 0.95:
                     break
@@ -211,51 +207,43 @@ class Planner:
             if best and proposal.seconds >= best.seconds:
                 break
             made, left = self._compiled(proposal), left - 1
-            tried[key] = made
-            if CLOSE * limit <= made.bytes <= limit and not is_sure:
+            if not left or (CLOSE * limit <= made.bytes <= limit and not is_sure):
                 break
             aim = limit + made.predicted_bytes - made.bytes
             aim *= MISSED if made.bytes > limit else 1.0
         lasts = [lambda: self.plainest, lambda: self.smallest]
-        for last in lasts if left > 1 else reversed(lasts):
+        for last in lasts if left > 1 else reversed(lasts):  # with one left, what is predicted to take the least
             proposal = None if self.within(limit) else last()
-            if proposal and (proposal.traced.config, proposal.choice) not in tried:
-                made = self._compiled(proposal)
-                tried[made.traced.config, made.choice] = made
+            if proposal and proposal.key not in {c.key for c in self.candidates}:
+                self._compiled(proposal)
+        self.has_lasts = self.has_lasts or not self.within(limit)
         return self.within(limit)
 
     def _sure(self, limit: float, left: int) -> Proposal | None:
         """The cheapest program that fits also if predictions miss by as much as they did, or what XLA adds the least to.
 
-        With one compile left, what fits also if they miss by more.
+        None if the compiles that are left are for the last ones. With one left, it fits also if predictions miss by more.
         """
-        sure = self._sure_bytes(limit) * (FAR if left == 1 else 1.0)
-        plain = {p.choice for p in self._between_segments(math.inf)}
-        missed = self._missed(limit, [c for c in self.candidates if c.choice in plain])
-        found = self._between_segments(sure if left == 1 else min(limit * CLOSE, limit - missed))
-        found += filter(None, [self._propose(sure)])
-        tried = {(c.traced.config, c.choice) for c in self.candidates}
-        found = [p for p in found if (p.traced.config, p.choice) not in tried]
-        return min(found, key=lambda p: p.seconds, default=None)
-
-    def _sure_bytes(self, limit: float) -> float:
-        """Simulated bytes of what fits also if predictions miss by as much as they did."""
-        return (limit - self._missed(limit, [c for c in self.candidates if c.choice])) * MISSED
+        aim = (limit - self._missed(limit, [c for c in self.candidates if c.choice])) * MISSED
+        searched = self._propose(aim * (FAR if left == 1 else 1.0))
+        if left == 1 or not (searched or self.has_lasts):
+            return searched
+        plain = {p.key for p in self._between_segments(math.inf)}
+        missed = self._missed(limit, [c for c in self.candidates if c.key in plain])
+        found = [*filter(None, [searched]), *self._between_segments(min(limit * CLOSE, limit - missed))]
+        tried = {c.key for c in self.candidates}
+        return min((p for p in found if p.key not in tried), key=lambda p: p.seconds, default=None)
 
     def _missed(self, limit: float, candidates: Sequence[Candidate]) -> float:
-        """By how much the next may take more than predicted, as those of some candidates did that do not fit."""
+        """By how much those of some candidates that do not fit took more than predicted, at most, and a margin."""
         missed = max((c.bytes - c.predicted_bytes for c in candidates if c.bytes > limit), default=0)
         return missed * (MISSING if missed > 0 else 1.0)
-
-    def _is_near_the_last(self, limit: float) -> bool:
-        """Whether nothing is predicted to be much smaller than what is aimed at after a miss."""
-        return self._propose(FAR * self._sure_bytes(limit)) is None
 
     @property
     def smallest_bytes(self) -> int:
         """Of the smallest program that is found for every budget, also by another planner."""
-        found = [p[:2] for p in (self.smallest, self.plainest) if p]
-        return min([self.default.bytes, *(c.bytes for c in self.candidates if (c.traced, c.choice) in found)])
+        found = {p.key for p in (self.smallest, self.plainest) if p}
+        return min([self.default.bytes, *(c.bytes for c in self.candidates if c.key in found)])
 
     def run(self, candidate: Candidate, values: Sequence[Any]) -> Any:
         """What a program returns for what is traced of a call."""
@@ -277,7 +265,7 @@ class Planner:
         """Programs that keep only what lies between segments, as one does by hand: XLA adds the least to these."""
         traced = self.smallest.traced if self.scans and self.smallest else self.default.traced
         again = sum(option.seconds for option in traced.config.scans)
-        starts = ((start, traced.search.simulate(start, 0)) for start in traced.search.starts)
+        starts = ((start, traced.search.simulate(start, 0)) for start in traced.search.starts[1:])
         return [Proposal(traced, start, again + o.seconds, o.peak) for start, o in starts if o.peak <= aim]
 
     def _propose(self, aim: float) -> Proposal | None:

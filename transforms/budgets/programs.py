@@ -63,6 +63,11 @@ class Proposal(NamedTuple):
     seconds: float
     bytes: int
 
+    @property
+    def key(self) -> tuple[Config, Choice | None]:
+        """Equal for equal programs of one planner."""
+        return self.traced.config, self.choice
+
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
@@ -81,3 +86,8 @@ class Candidate:
     predicted_bytes: int
     bytes: int
     program: Callable
+
+    @property
+    def key(self) -> tuple[Config, Choice | None]:
+        """Equal for equal programs of one planner."""
+        return self.traced.config, self.choice

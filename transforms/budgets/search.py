@@ -42,6 +42,8 @@ def pinned(joint: Joint) -> frozenset[int]:
 def segments(joint: Joint, count: int) -> frozenset[int]:
     """The nodes that are alive between `count` segments of the forward part, cut where few bytes are alive."""
     nodes, last, n = joint.nodes, joint.last_forward, len(joint.nodes)
+    if not nodes:
+        return frozenset()
     alive = np.zeros(n + 1, np.int64)
     for k, node in enumerate(nodes):
         if node.is_run and last[k] > k:
@@ -101,8 +103,6 @@ class Search:
 
     def best(self, budget: float) -> tuple[Choice, Outcome] | None:
         """The cheapest choice found within a budget."""
-        self.simulate.known.clear()
-        self.simulate.chains.clear()
         found: list[tuple[float, int, Choice]] = []
         for start in self.starts:
             choice = self.refilled(self.leaner(self.reduced(start, budget), budget), budget)
@@ -119,6 +119,8 @@ class Search:
         free = self.joint.machine.held - 1
         if best and best[1].peak <= free < budget:  # it stays where memory takes no time: what has room there is kept
             best = self.polished(self.refilled(best[0], free), free)
+        self.simulate.known.clear()
+        self.simulate.chains.clear()
         return best
 
     def polished(self, choice: Choice, budget: float) -> tuple[Choice, Outcome]:

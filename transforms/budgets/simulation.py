@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import numpy as np
 
 from .joint import Joint, Stage
 
-NONE = np.zeros(0, np.int64)
+EMPTY = np.zeros(0, np.int64)
 
 
 class Choice(NamedTuple):
@@ -70,7 +69,6 @@ class Chain(NamedTuple):
       unread: of the nodes, those that only others of them may read.
       missing, until: those that the stage reads, and the places after it does.
       seconds: to compute all of them.
-      last: of each node that is read, the last node that does.
       bumps: by what is read in it alone, how much more is alive while it is computed than after it.
     """
 
@@ -82,7 +80,6 @@ class Chain(NamedTuple):
     missing: np.ndarray
     until: np.ndarray
     seconds: float
-    last: dict[int, int]
     bumps: dict[bytes, int]
 
 
@@ -97,9 +94,9 @@ class Simulation:
     def __init__(self, joint: Joint, *, is_new: bool):
         self.joint, self.machine, self.is_new = joint, joint.machine, is_new
         self.sizes = np.array([node.bytes for node in joint.nodes], np.int64)
-        self.seconds = [node.seconds for node in joint.nodes]
+        self.seconds = np.array([node.seconds for node in joint.nodes], float)
         self.sources = [_bits(node.sources) for node in joint.nodes]
-        self.not_run = _bits(k for k, node in enumerate(joint.nodes) if not node.is_run)
+        self.is_run = np.array([node.is_run for node in joint.nodes], bool)
         self.last_forward = np.array(joint.last_forward, np.int64)
         self.layouts: dict[bool, Layout] = {}
         self.known: dict[tuple[Choice, float], Outcome] = {}
@@ -119,7 +116,7 @@ class Simulation:
         # Where each node comes to be there, and where it is read last.
         born, last = np.full(len(sizes), -1), np.full(len(sizes), -1)
         born[saved] = 0
-        there, held, done = _packed(born == 0), _packed(is_held), 0
+        there, held = _packed(born == 0), _packed(is_held)
         chains: list[Chain] = []
         starts: list[int] = []
         stops: list[int] = []
@@ -127,11 +124,12 @@ class Simulation:
             if missing := wanted & ~there:
                 chain = self._chain(stage, missing, there)
                 there |= chain.nodes & held
-                done |= chain.nodes
                 chains.append(chain)
                 starts.append(stage.start)
                 stops.append(stage.stop)
         made, at = _together([chain.made for chain in chains], starts)
+        is_first = np.zeros(len(sizes), bool)  # what nothing has computed before
+        is_first[made] = ~self.is_run[made]
         kept = made[is_held[made]]
         born[kept] = last[kept] = at[is_held[made]]
         read, at = _together([chain.read for chain in chains], starts)
@@ -153,15 +151,15 @@ class Simulation:
             is_lost = ~is_held[missed]
             _add(change, at[is_lost], until[is_lost], sizes[missed[is_lost]])
         profile = self.joint.backward_bytes + np.cumsum(change[:-1])
-        flags = is_passing.tobytes()
+        flags, k = is_passing.tobytes(), 0
         for chain, start in zip(chains, starts, strict=True):
-            passing, flags = flags[: len(chain.unread)], flags[len(chain.unread) :]
+            passing, k = flags[k : k + len(chain.unread)], k + len(chain.unread)
             if any(passing):
                 profile[start] += self._bump(chain, passing)
         before = self._forward(saved, sizes)
         peak = int(max(profile.max(initial=0), before.max(initial=0)))
         excess = np.maximum(profile - budget, 0).sum() + np.maximum(before - budget, 0).sum()
-        seconds = sum(chain.seconds for chain in chains) - sum(self.seconds[k] for k in _nodes(done & self.not_run))
+        seconds = sum(chain.seconds for chain in chains) - float(self.seconds[is_first].sum())
         seconds += self.machine.taken(peak) if self.is_new else self.machine.moved(crossing, crossing)
         return Outcome(peak, seconds, float(excess))
 
@@ -182,12 +180,9 @@ class Simulation:
                 return chain
         found, sources, todo = missing, 0, missing
         order: list[int] = []
-        last: dict[int, int] = {}
         while todo:  # from the last on: what reads a node comes after it
             k = todo.bit_length() - 1
             order.append(k)
-            for s in self.joint.nodes[k].sources:
-                last.setdefault(s, k)
             sources |= self.sources[k] & there
             new = self.sources[k] & ~(there | found)
             found, todo = found | new, (todo ^ 1 << k) | new
@@ -195,19 +190,20 @@ class Simulation:
         made, read, wanted = _indices(order), _indices(_nodes(sources)), _indices(_nodes(missing))
         unread = _indices([k for k in order if k not in stage.reads])
         until = _indices([stage.reads[k] + 1 for k in _nodes(missing)])
-        seconds = math.fsum(self.seconds[k] for k in order)
-        chain = Chain(found, sources, made, read, unread, wanted, until, seconds, last, {})
+        seconds = float(self.seconds[order].sum())
+        chain = Chain(found, sources, made, read, unread, wanted, until, seconds, {})
         self.chains[key].append(chain)
         return chain
 
     def _bump(self, chain: Chain, passing: bytes) -> int:
         """By how much more is alive while a chain is computed than after it; what is passing is read in it alone."""
         if passing not in chain.bumps:
-            nodes, freed = self.joint.nodes, defaultdict[int, int](int)
+            nodes, made, freed = self.joint.nodes, chain.made.tolist(), defaultdict[int, int](int)
+            last = {s: k for k in made for s in nodes[k].sources}
             for k in itertools.compress(chain.unread.tolist(), passing):
-                freed[chain.last[k]] += nodes[k].bytes
+                freed[last[k]] += nodes[k].bytes
             live = most = 0
-            for k in chain.made.tolist():
+            for k in made:
                 live += nodes[k].bytes
                 most = max(most, live)
                 live -= freed.get(k, 0)
@@ -238,7 +234,7 @@ def _add(change: np.ndarray, start: np.ndarray, stop: np.ndarray, sizes: np.ndar
 def _together(parts: Sequence[np.ndarray], values: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """The elements of all parts, and for each the value of its part."""
     if not parts:
-        return NONE, NONE
+        return EMPTY, EMPTY
     return np.concatenate(parts), np.repeat(np.array(values), [*map(len, parts)])
 
 

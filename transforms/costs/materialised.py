@@ -34,7 +34,6 @@ import numpy as np
 
 from .backends import MOVES, REDUCTIONS, Backend
 from .calls import is_moved, order_of, workspace_bytes
-from .operations import nbytes
 from .steps import NUMBER, Step, Value
 
 _IN_PLACE = {
@@ -153,26 +152,26 @@ class _Program:
         v, atom = step.reads[k], step.eqn.invars[k]
         source: Any = self.of.get(v, v)
         if v.argument == NUMBER and hasattr(atom, "val"):
-            source = np.asarray(atom.val).tobytes()
+            source = np.asarray(atom.val, atom.aval.dtype).tobytes()
         order = order_of(step.eqn, k, self.backend)
         shape = getattr(atom.aval, "shape", ())
         if order is not None and is_moved(order, shape):
-            return self._moved(_COPY, source, atom.aval, step, shape, tuple(order))
+            return self._moved(_COPY, source, atom.aval.dtype, step, shape, tuple(order))
         if is_elementwise and step.eqn.primitive.name not in MOVES:
             made = step.eqn.outvars[0].aval.shape
             if shape != made:
-                return self._moved(_BROADCAST, source, atom.aval, step, made)
+                return self._moved(_BROADCAST, source, atom.aval.dtype, step, made)
         return source
 
     def _moved(
-        self, name: str, source: Any, aval: Any, step: Step, shape: tuple[int, ...], order: Any = None
+        self, name: str, source: Any, dtype: Any, step: Step, shape: tuple[int, ...], order: Any = None
     ) -> Kernel:
         """A copy in another order of axes, or a broadcast to `shape`; one for all that read it."""
         remat = step.remat if self.backend.has_barriers else None
-        key = name, _identity(source), shape, getattr(aval, "dtype", None), order, id(remat)
+        key = name, _identity(source), dtype, shape, order, id(remat)
         if key not in self.known:
-            reads, aval = [source] if isinstance(source, Kernel) else [], aval.update(shape=shape)
-            moved = Kernel(name, nbytes(aval), _count(aval), reads, None, remat, True, True)
+            reads, count = [source] if isinstance(source, Kernel) else [], math.prod(shape)
+            moved = Kernel(name, count * dtype.itemsize, count, reads, None, remat, True, True)
             self.known[key] = [self._kernel(moved)]
         return self.known[key][0]
 

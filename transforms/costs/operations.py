@@ -50,11 +50,9 @@ class Work:
 
     def times(self, n: float) -> Work:
         """The same work, done `n` times."""
-        return (
-            self
-            if n == 1
-            else Work(self.flops * n, self.transcendentals * n, self.bytes_read * n, self.bytes_written * n)
-        )
+        if n == 1:
+            return self
+        return Work(self.flops * n, self.transcendentals * n, self.bytes_read * n, self.bytes_written * n)
 
     @property
     def bytes(self) -> float:
