@@ -509,6 +509,7 @@ def test_caches_are_as_large_as_what_is_rewritten_fast(speeds, near, monkeypatch
     machines.cache_bytes.cache_clear()
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_caches_are_measured_once_and_fast():
     start = time.perf_counter()
     assert machines.cache_bytes() in {2**k for k in range(22, 26)}

@@ -378,6 +378,7 @@ def test_text_of_loops_and_long_operands():
     assert "float32 ends at 3.4e+38" in text
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_a_thousand_equations_take_seconds():
     def loss(ws, x):
         for k, w in enumerate(ws):

@@ -122,6 +122,7 @@ def test_verify_finds_a_broken_graph():
         fg.verify(dataclasses.replace(graph, paths=("x", "y")))
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_ten_thousand_equations_are_rewritten_in_seconds():
     def f(x):
         for _ in range(5_000):

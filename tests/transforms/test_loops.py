@@ -392,6 +392,7 @@ def test_a_lane_without_a_step_does_not_run_loops_with_the_state_of_another():
     assert_near(fg.grad(lambda c: jnp.sum(jax.vmap(f)(c, x)))(c), want, 1e-6)
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_a_long_body_is_cut_in_linear_time():
     def body(x, y, lines):
         for _ in range(lines):

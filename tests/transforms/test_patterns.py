@@ -499,6 +499,7 @@ def test_attention_of_a_transformer(is_scanned):
     assert_close_values(backward(*args), gradient(*args))
 
 
+@pytest.mark.usefixtures("fresh_heap")
 def test_large_graphs_take_seconds():
     def chain(x):
         for _ in range(5_000):
