@@ -50,8 +50,6 @@ class Work:
 
     def times(self, n: float) -> Work:
         """The same work, done `n` times."""
-        if n == 1:
-            return self
         return Work(self.flops * n, self.transcendentals * n, self.bytes_read * n, self.bytes_written * n)
 
     @property

@@ -50,7 +50,8 @@ class Row:
     @property
     def work(self) -> Work:
         """Its work, all times together; none where it is unknown."""
-        return self.once.times(self.times) if self.once else Work()
+        once = self.once or Work()
+        return once if self.times == 1 else once.times(self.times)
 
     @property
     def is_unknown(self) -> bool:
