@@ -37,7 +37,7 @@ COMPILES = 4  # for a new budget
 PROPOSALS = 10  # most of which are known
 MISSED = 0.985  # of a budget, what is aimed at after a miss
 MISSING = 1.25  # of what predictions missed, what the next may miss
-FAR = 0.9  # of what is aimed at after a miss, what is aimed at with one compile left
+LAST = 0.9  # of what is aimed at after a miss, what is aimed at with one compile left
 CLOSE = 0.98  # a program that fills so much of its budget is not improved on
 MOST = 1.1  # of a budget, what is aimed at: a program may take less than simulated
 LADDER = tuple(Loops(c, s) for c, s in ((32, 16), (16, 8), (8, 4), (4, 2), (2, 1), (1, 1)))
@@ -225,7 +225,7 @@ class Planner:
         None if the compiles that are left are for the last ones. With one left, it fits also if predictions miss by more.
         """
         aim = (limit - self._missed(limit, [c for c in self.candidates if c.choice])) * MISSED
-        searched = self._propose(aim * (FAR if left == 1 else 1.0))
+        searched = self._propose(aim * (LAST if left == 1 else 1.0))
         if left == 1 or not (searched or self.has_lasts):
             return searched
         plain = {p.key for p in self._between_segments(math.inf)}

@@ -198,7 +198,7 @@ def _answer(planner: Planner, f: Callable, limit: int | float) -> tuple[Candidat
         smallest = planner.smallest_bytes
         error = BudgetError(
             f"{planner.transform.__name__} of {name_of(f)} needs more than {bytes_in_words(limit)} of temporaries: "
-            f"the smallest that is always found takes {bytes_in_words(smallest)}.",
+            f"the smallest program that is always found takes {bytes_in_words(smallest)}.",
             at=location(f),
             inputs=f"without a budget {bytes_in_words(planner.default.bytes)}; {len(planner.candidates)} programs were compiled",
             hint=f"memory={smallest}, a smaller batch, or parts of it one after the other{_shard_maps(planner)}",

@@ -41,12 +41,7 @@ class Work:
     def sum(cls, works: Iterable[Work]) -> Work:
         """All of them together."""
         works = list(works)
-        return cls(
-            sum(w.flops for w in works),
-            sum(w.transcendentals for w in works),
-            sum(w.bytes_read for w in works),
-            sum(w.bytes_written for w in works),
-        )
+        return cls(*(sum(getattr(w, name) for w in works) for name in cls.__slots__))
 
     def times(self, n: float) -> Work:
         """The same work, done `n` times."""
