@@ -9,11 +9,11 @@ import time
 from typing import Any
 
 import jax
-from funcgrad.transforms.budgets.planning import Planner
-from funcgrad.transforms.budgets.programs import Call, Config
-from funcgrad.transforms.budgets.search import Search, everything
-from funcgrad.transforms.budgets.simulation import Choice
-from funcgrad.transforms.loops import Loops
+from funcgrad.transforms.remat.candidates import Call, Config
+from funcgrad.transforms.remat.planner import Planner
+from funcgrad.transforms.remat.search import Search, everything
+from funcgrad.transforms.remat.simulation import Choice
+from funcgrad.transforms.while_loops.schedule import Loops
 
 from tests import trainings
 

@@ -15,33 +15,44 @@ if not (_here / "transforms").exists():  # a checkout: the engine lies beside th
     _sys.modules[_spec.name] = transforms = _util.module_from_spec(_spec)
     _spec.loader.exec_module(transforms)
 
-from .transforms._jax import hide as _hide  # isort: skip
+from .transforms.core._jax import hide as _hide  # isort: skip
 
 _hide(str(_here))
 
 from . import nn, transforms
-from .feeding import prefetch
+from .data.prefetch import prefetch
+from .eager.tape import Node, Tape, tape
 from .notebooks import attach as _attach
-from .recording import Node, Tape, tape
 from .training import step, train
 from .transforms import *  # noqa: F403 - what its page lists
+from .transforms.compilation.retraces import Retraces as _Retraces
 
 _attach(transforms.Cost, transforms.Graph, transforms.Halves, transforms.Plan, transforms.Timeline)
-_attach(transforms.compilation.Retraces, Tape)
+_attach(_Retraces, Tape)
 
 if _typing.TYPE_CHECKING:
-    from .comparison import Comparison, Study, compare, study  # noqa: F401
-    from .transforms.faults import NanOrigin, nan_origin  # noqa: F401
-    from .transforms.kernels import Compiled, Kernel, compiled  # noqa: F401
-    from .transforms.patterns import Replaced, replace  # noqa: F401
-    from .viewing import Diff, diff, show  # noqa: F401
+    from .eager.report import Comparison, Study  # noqa: F401
+    from .eager.study import compare, study  # noqa: F401
+    from .transforms.compilation.kernels.instructions import Kernel  # noqa: F401
+    from .transforms.compilation.kernels.table import Compiled, compiled  # noqa: F401
+    from .transforms.nan_origin.report import NanOrigin, nan_origin  # noqa: F401
+    from .transforms.rewriting.replace import Replaced, replace  # noqa: F401
+    from .viewing.diff import Diff, diff  # noqa: F401
+    from .viewing.graphviz import to_dot  # noqa: F401
+    from .viewing.page import show  # noqa: F401
+    from .viewing.schema import to_json  # noqa: F401
 
-_LATER = {  # what is rarely used is imported when it is asked for, so that importing funcgrad is quick
-    "comparison": ("Comparison", "Study", "compare", "study"),
-    "transforms.faults": ("NanOrigin", "nan_origin"),
-    "transforms.kernels": ("Compiled", "Kernel", "compiled"),
-    "transforms.patterns": ("Replaced", "replace"),
-    "viewing": ("Diff", "diff", "show"),
+_LATER = {  # imported on first use, so that importing funcgrad is quick
+    "eager.report": ("Comparison", "Study"),
+    "eager.study": ("compare", "study"),
+    "transforms.compilation.kernels.instructions": ("Kernel",),
+    "transforms.compilation.kernels.table": ("Compiled", "compiled"),
+    "transforms.nan_origin.report": ("NanOrigin", "nan_origin"),
+    "transforms.rewriting.replace": ("Replaced", "replace"),
+    "viewing.diff": ("Diff", "diff"),
+    "viewing.graphviz": ("to_dot",),
+    "viewing.page": ("show",),
+    "viewing.schema": ("to_json",),
 }
 
 

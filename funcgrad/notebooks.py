@@ -1,4 +1,4 @@
-"""How results appear in a notebook: graphs as the page of `show`, the others as tables."""
+"""What results can do beside printing: methods of a Graph for other tools, and how results appear in a notebook."""
 
 from __future__ import annotations
 
@@ -23,6 +23,24 @@ def attach(*kinds: type) -> None:
             kind._repr_html_ = shown.get(kind, lambda self: table(str(self)))  # type: ignore[attr-defined]
 
 
+def _to_json(self: Graph) -> str:
+    """The graph as JSON, as `fg.to_json`."""
+    from .viewing.schema import to_json
+
+    return to_json(self)
+
+
+def _to_dot(self: Graph) -> str:
+    """The graph in the language of Graphviz, as `fg.to_dot`."""
+    from .viewing.graphviz import to_dot
+
+    return to_dot(self)
+
+
+# The engine knows neither format.
+Graph.to_json, Graph.to_dot = _to_json, _to_dot  # type: ignore[method-assign]
+
+
 def framed(what: Graph | Halves, graph: Graph) -> str:
     """The page in a frame of its own; the text, where `graph` is large."""
     from html import escape
@@ -30,7 +48,7 @@ def framed(what: Graph | Halves, graph: Graph) -> str:
     if sum(1 for _ in itertools.islice(walk(graph), LARGEST + 1)) > LARGEST:
         hint = "too large to be drawn here: fg.show(graph, path) writes it to a file"
         return f"<pre>{escape(str(what))}</pre><p>{hint}</p>"
-    from .viewing.pages import page
+    from .viewing.page import page
 
     style = f"width:100%;height:{HEIGHT_PX}px;border:1px solid #d5dbe2"
     return f'<iframe srcdoc="{escape(page(what))}" style="{style}"></iframe>'

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from funcgrad.transforms import _jax
+from funcgrad.transforms.core import _jax
 
 import funcgrad as fg
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms import _jax, layouts
+from funcgrad.transforms.core import _jax, subjaxprs
 from jax import lax
 from jax.experimental import compute_on
 from jax.sharding import PartitionSpec as P
@@ -84,17 +84,19 @@ def test_layout_of_an_equation_with_sub_graphs(name):
     f, params, labels = HOLDERS[name]
     eqn = next(e for e in jax.make_jaxpr(f)(X).jaxpr.eqns if e.primitive.name == name)
     assert params <= set(eqn.params)
-    assert [b.label for b in layouts.bodies(eqn)] == labels
-    assert all(len(b.jaxpr.consts) == len(b.jaxpr.jaxpr.constvars) for b in layouts.bodies(eqn))
+    assert [b.label for b in subjaxprs.bodies(eqn)] == labels
+    assert all(len(b.jaxpr.consts) == len(b.jaxpr.jaxpr.constvars) for b in subjaxprs.bodies(eqn))
 
 
-@pytest.mark.parametrize("name", sorted(set(HOLDERS) - layouts.FUNCTIONAL))
+@pytest.mark.parametrize("name", sorted(set(HOLDERS) - subjaxprs.FUNCTIONAL))
 def test_rebinding_with_the_same_sub_graphs_is_the_same_equation(name):
     f, _, _ = HOLDERS[name]
     eqn = next(e for e in jax.make_jaxpr(f)(X).jaxpr.eqns if e.primitive.name == name)
 
     def again(*values):
-        return layouts.rebind(eqn.primitive, eqn.params, values, [layouts.opened(b.jaxpr) for b in layouts.bodies(eqn)])
+        return subjaxprs.rebind(
+            eqn.primitive, eqn.params, values, [subjaxprs.opened(b.jaxpr) for b in subjaxprs.bodies(eqn)]
+        )
 
     (new,) = jax.make_jaxpr(again)(*(jnp.ones(v.aval.shape, v.aval.dtype) for v in eqn.invars)).jaxpr.eqns
     assert new.primitive is eqn.primitive
@@ -102,7 +104,7 @@ def test_rebinding_with_the_same_sub_graphs_is_the_same_equation(name):
     assert {k: str(v) for k, v in new.params.items()} == {k: str(v) for k, v in eqn.params.items()}
 
 
-@pytest.mark.parametrize("name", sorted(layouts.FUNCTIONAL))
+@pytest.mark.parametrize("name", sorted(subjaxprs.FUNCTIONAL))
 def test_binding_an_equation_with_functions(name):
     f, _, _ = HOLDERS[name]
     eqn = next(e for e in jax.make_jaxpr(f)(X).jaxpr.eqns if e.primitive.name == name)
@@ -118,7 +120,7 @@ def test_dead_code_is_left_out_at_any_depth():
     jaxpr = jax.make_jaxpr(f)(X).jaxpr
     alive, used = _jax.dce_jaxpr(jaxpr, [True] * 2, instantiate=True)
     assert used == [True]
-    inner = [[e.primitive.name for e in body.jaxpr.jaxpr.eqns] for eqn in alive.eqns for body in layouts.bodies(eqn)]
+    inner = [[e.primitive.name for e in body.jaxpr.jaxpr.eqns] for eqn in alive.eqns for body in subjaxprs.bodies(eqn)]
     assert inner == [["mul"], ["add"]]
 
 
@@ -134,7 +136,7 @@ def test_staging_gives_a_closed_jaxpr_with_constants():
 
 def test_constants_become_leading_inputs():
     table = np.arange(4.0, dtype=np.float32)
-    opened = layouts.opened(jax.make_jaxpr(lambda x: x - table)(X))
+    opened = subjaxprs.opened(jax.make_jaxpr(lambda x: x - table)(X))
     assert len(opened.jaxpr.jaxpr.invars) == 1 + len(opened.consts)
     assert not opened.jaxpr.consts
     np.testing.assert_array_equal(_jax.jaxpr_as_fun(opened.jaxpr)(*opened.consts, X)[0], X - table)

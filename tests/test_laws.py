@@ -19,7 +19,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms import _jax
+from funcgrad.transforms.core import _jax
 from hypothesis import Phase, assume, given, seed, settings
 from jax import lax
 

@@ -1,30 +1,13 @@
 """The engine: graphs and their transforms. It knows nothing of models, data, files or terminals.
 
-`kernels` and `faults` are imported apart.
+`compilation.kernels`, `nan_origin` and `rewriting.replace` are imported on first use.
 """
 
-from . import _jax
+from .core import _jax
 
 _jax.hide(__path__[0])
 
-from .batching import vmap
-from .budgets import Plan
-from .compilation import jit
-from .costs import Cost, Machine, Timeline, cost, machine
-from .errors import (
-    ArgumentError,
-    BudgetError,
-    DataError,
-    DuplicateRule,
-    FuncgradError,
-    GraphError,
-    MissingExtra,
-    NotFiniteError,
-    NotScalarError,
-    OptionError,
-    RetraceError,
-)
-from .gradient import (
+from .autodiff.grad import (
     differentiable,
     grad,
     halves,
@@ -38,14 +21,33 @@ from .gradient import (
     value_and_grad,
     vjp,
 )
-from .graph import Graph, trace, walk
-from .interpreter import interpret, rewrite, verify
-from .living import live
-from .loops import Loops
-from .probes import patch, tap
-from .residuals import Halves, Residual
-from .rules import Rules
-from .selecting import Site, op
+from .autodiff.halves import Halves, Residual
+from .batching.vmap import vmap
+from .compilation.jit import jit
+from .core.errors import (
+    ArgumentError,
+    BudgetError,
+    DataError,
+    DuplicateRule,
+    FuncgradError,
+    GraphError,
+    MissingExtra,
+    NotFiniteError,
+    NotScalarError,
+    OptionError,
+    RetraceError,
+)
+from .core.graph import Graph, trace, walk
+from .core.passes import live
+from .core.rewrite import interpret, rewrite, verify
+from .core.rules import Rules
+from .core.scope_paths import Site, op
+from .cost.device import Machine, machine
+from .cost.live_memory import Timeline
+from .cost.table import Cost, cost
+from .remat.plan import Plan
+from .rewriting.tap import patch, tap
+from .while_loops.schedule import Loops
 
 __all__ = [
     "ArgumentError",

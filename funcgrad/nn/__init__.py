@@ -15,7 +15,7 @@ Layers with state (batch_norm) or a key (dropout) take them and return the state
 >>> y, _ = model.apply(params, state, x, train=False)
 """
 
-from .attending import attention
+from .attention import attention
 from .convolution import avg_pool, conv, flatten, max_pool
 from .layer import Layer, repeat, residual, serial, stateless
 from .linear import dense, embedding

@@ -13,7 +13,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.nn.initializers import Initializer, lecun_normal, zeros
 
-from ..transforms.errors import ArgumentError, OptionError
+from ..transforms.core.errors import ArgumentError, OptionError
 from .layer import Layer, check, float_dtype, shown, stateless
 
 AXES = ("depth", "height", "width")

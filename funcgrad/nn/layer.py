@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..transforms.errors import ArgumentError, OptionError
+from ..transforms.core.errors import ArgumentError, OptionError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, lecun_normal, normal, zeros
 
-from ..transforms.errors import ArgumentError
+from ..transforms.core.errors import ArgumentError
 from .layer import Layer, check, float_dtype, shown, stateless
 
 

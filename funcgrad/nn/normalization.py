@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ..transforms.errors import ArgumentError
+from ..transforms.core.errors import ArgumentError
 from .layer import Layer, check, float_dtype, shown, stateless, wide_dtype
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..transforms.errors import ArgumentError, OptionError
+from ..transforms.core.errors import ArgumentError, OptionError
 from .layer import Layer
 
 

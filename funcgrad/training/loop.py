@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from ..feeding import owned, source
-from ..transforms.errors import ArgumentError, DataError, NotFiniteError, OptionError, location
+from ..data.prefetch import owned, source
+from ..transforms.core.errors import ArgumentError, DataError, NotFiniteError, OptionError, location
 from .bar import REFRESH_S, show
 from .log import Log
 from .program import changes, place, prepare, strengthen

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from ..transforms.errors import ArgumentError, location
+from ..transforms.core.errors import ArgumentError, location
 
 
 @dataclass

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from ..transforms.costs.words import bytes_of
-from ..transforms.errors import ArgumentError, NotScalarError, OptionError, location
-from ..transforms.gradient import value_and_grad
+from ..transforms.autodiff.grad import value_and_grad
+from ..transforms.core.errors import ArgumentError, NotScalarError, OptionError, location
+from ..transforms.cost.formatting import bytes_of
 
 
 class TrainState(NamedTuple):

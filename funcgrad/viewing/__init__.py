@@ -3,8 +3,3 @@
 Read `pages` (`show`) and `differences` (`diff`). The data of a page is that of
 `transforms.description`; `assets` has its style, its script and the library that lays it out.
 """
-
-from .differences import Diff, diff
-from .pages import show
-
-__all__ = ["Diff", "diff", "show"]

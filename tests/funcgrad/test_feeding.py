@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.errors import ArgumentError, DataError, OptionError
+from funcgrad.transforms.core.errors import ArgumentError, DataError, OptionError
 from jax.sharding import NamedSharding, PartitionSpec
 
-from funcgrad.feeding import prefetch
+from funcgrad.data.prefetch import prefetch
 
 
 def threads():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.errors import ArgumentError, OptionError
+from funcgrad.transforms.core.errors import ArgumentError, OptionError
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
@@ -690,7 +690,7 @@ def test_messages(case):
         call()
     text = "".join(traceback.format_exception_only(caught.value)).strip()
     text = re.sub("-+\nFor simplicity, JAX .*\n", "", text)  # JAX's own note, where it comes between two of ours
-    assert text == f"funcgrad.transforms.errors.ArgumentError: {expected}"
+    assert text == f"funcgrad.transforms.core.errors.ArgumentError: {expected}"
 
 
 @pytest.mark.parametrize("case", OPTIONS)

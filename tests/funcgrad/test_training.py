@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from funcgrad.transforms.errors import ArgumentError, DataError, NotFiniteError, NotScalarError, OptionError
+from funcgrad.transforms.core.errors import ArgumentError, DataError, NotFiniteError, NotScalarError, OptionError
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from funcgrad.feeding import prefetch
+from funcgrad.data.prefetch import prefetch
 from funcgrad.training import Log, loop, step, train
 from funcgrad.training.program import _programs
 

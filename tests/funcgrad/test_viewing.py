@@ -12,13 +12,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from funcgrad.transforms import layouts
-from funcgrad.transforms.description import described
+from funcgrad.transforms.core import subjaxprs
 from jax import lax
 
 import funcgrad as fg
 from funcgrad.notebooks import LARGEST
-from funcgrad.viewing import pages
+from funcgrad.viewing import page
+from funcgrad.viewing.schema import described
 
 from ..corpus import CORPUS
 
@@ -65,7 +65,7 @@ def test_the_description_is_the_jaxpr(p):
     read = Counter(edge["target"] for edge in data["edges"])
     for node, eqn in zip(nodes, eqns, strict=True):
         assert made[node["id"]] == sum(type(v).__name__ != "DropVar" for v in eqn.outvars)
-        if not layouts.bodies(eqn):
+        if not subjaxprs.bodies(eqn):
             assert read[node["id"]] + len(node.get("literals", ())) == len(eqn.invars)
     labels = [n["label"] for n in children(data) if n["kind"] == "argument"]
     assert labels == list(graph.paths)
@@ -254,7 +254,7 @@ def test_show_writes_the_file_that_it_is_told(tmp_path):
 
 
 def test_show_without_a_path_writes_a_temporary_file_and_opens_nothing(monkeypatch):
-    monkeypatch.setattr(pages.webbrowser, "open", lambda url: pytest.fail("a browser was opened"))
+    monkeypatch.setattr(page.webbrowser, "open", lambda url: pytest.fail("a browser was opened"))
     path = fg.show(fg.halves(GRAPH))
     assert embedded(path.read_text(encoding="utf-8"))["kind"] == "halves"
     path.unlink()
@@ -262,15 +262,15 @@ def test_show_without_a_path_writes_a_temporary_file_and_opens_nothing(monkeypat
 
 def test_show_opens_the_browser_where_python_is_interactive(monkeypatch):
     opened = []
-    monkeypatch.setattr(pages.webbrowser, "open", opened.append)
-    monkeypatch.setattr(pages, "_is_interactive", lambda: True)
+    monkeypatch.setattr(page.webbrowser, "open", opened.append)
+    monkeypatch.setattr(page, "_is_interactive", lambda: True)
     path = fg.show(GRAPH)
     assert opened == [path.as_uri()]
     path.unlink()
 
 
 def test_a_page_is_one_file():
-    text = pages.page(GRAPH)
+    text = page.page(GRAPH)
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]* (?:src|href)=\"(?!data:)", text)
     assert "Permission is hereby granted" in text
     assert "@import" not in text
@@ -281,7 +281,7 @@ def test_a_name_cannot_end_the_script():
         with jax.named_scope("</script><script>alert(1)"):
             return jnp.sin(x)
 
-    text = pages.page(fg.trace(f, 1.0))
+    text = page.page(fg.trace(f, 1.0))
     assert "</script><script>alert" not in text
     assert any("alert(1)" in n["label"] for n in embedded(text)["nodes"])
 
@@ -346,7 +346,7 @@ def test_a_notebook_shows_the_page_in_a_frame():
     for what in (GRAPH, fg.halves(GRAPH)):
         frame = what._repr_html_()
         page = html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1])
-        assert page == pages.page(what)
+        assert page == page.page(what)
 
 
 def test_a_notebook_shows_a_large_graph_as_text():

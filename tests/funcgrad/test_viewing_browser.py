@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from funcgrad.transforms.description import described
 from jax import lax
 
 import funcgrad as fg
+from funcgrad.viewing.schema import described
 
 from ..corpus import CORPUS
 

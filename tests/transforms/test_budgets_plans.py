@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.budgets import plans
-from funcgrad.transforms.budgets.planning import COMPILES, Planner
+from funcgrad.transforms.remat import plan
+from funcgrad.transforms.remat.planner import COMPILES, Planner
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -31,7 +31,7 @@ unrolled = pytest.mark.skipif(
 
 def planner_of(f, *args):
     options = dict(argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=())
-    return plans._planner(jax.value_and_grad, f, args, {}, options, None, {})
+    return plan._planner(jax.value_and_grad, f, args, {}, options, None, {})
 
 
 class Count:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.budgets import plans, search, simulation
-from funcgrad.transforms.budgets.programs import Config, Proposal
-from funcgrad.transforms.budgets.scans import Option
-from funcgrad.transforms.loops import Loops
+from funcgrad.transforms.remat import plan, search, simulation
+from funcgrad.transforms.remat.candidates import Config, Proposal
+from funcgrad.transforms.remat.scan_bodies import Option
+from funcgrad.transforms.while_loops.schedule import Loops
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,7 +37,7 @@ def scan(f):
 
 def planner_of(f, args, **given):
     given = dict(argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=()) | given
-    return plans._planner(jax.value_and_grad, f, args, {}, given, None, {})
+    return plan._planner(jax.value_and_grad, f, args, {}, given, None, {})
 
 
 tanh = lambda w: lambda c, x: (jnp.tanh(c @ w) + x, jnp.sin(c))

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.budgets import joint, plans, search, simulation
-from funcgrad.transforms.budgets.nominal import NOMINAL
-from funcgrad.transforms.budgets.programs import Config, Proposal
-from funcgrad.transforms.budgets.scans import Scan
-from funcgrad.transforms.costs.backends import BACKENDS
-from funcgrad.transforms.loops import Loops
+from funcgrad.transforms.cost.backends import BACKENDS
+from funcgrad.transforms.remat import joint, plan, search, simulation
+from funcgrad.transforms.remat.candidates import Config, Proposal
+from funcgrad.transforms.remat.device_model import NOMINAL
+from funcgrad.transforms.remat.scan_bodies import Scan
+from funcgrad.transforms.while_loops.schedule import Loops
 from jax import lax
 
 import funcgrad as fg
@@ -28,7 +28,7 @@ INNER = 64 * WIDE * 4
 
 def planner_of(f, *args):
     given = dict(argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=())
-    return plans._planner(jax.value_and_grad, f, args, {}, given, None, {})[0]
+    return plan._planner(jax.value_and_grad, f, args, {}, given, None, {})[0]
 
 
 def searched(f, *args):

@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from funcgrad.transforms.budgets import search
-from funcgrad.transforms.budgets.nominal import NOMINAL
-from funcgrad.transforms.budgets.simulation import Choice, Simulation
+from funcgrad.transforms.remat import search
+from funcgrad.transforms.remat.device_model import NOMINAL
+from funcgrad.transforms.remat.simulation import Choice, Simulation
 
 from .. import trainings
 from .test_budgets_search import searched

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms import chunks
+from funcgrad.transforms.batching import chunking
 from jax import lax
 
 import funcgrad as fg
@@ -187,7 +187,7 @@ def test_where_everything_fits_it_is_the_plain_program(memory):
 
 @pytest.mark.parametrize("near", [4, 32])
 def test_on_cpus_a_chunk_stays_near_the_caches(near, monkeypatch):
-    monkeypatch.setattr(chunks, "cache_bytes", lambda: near * 2**20)
+    monkeypatch.setattr(chunking, "cache_bytes", lambda: near * 2**20)
     big = lambda x: jnp.sum(jnp.sort(jnp.outer(x, x).ravel()))
     xs = jnp.ones((120, 512))  # a MiB and more for each
     mapped = fg.vmap(big, memory="90%")
@@ -226,7 +226,7 @@ def test_the_choice_follows_what_is_compiled(predicted, measured, budget, want):
         tried.append(k)
         return measured(k or 100)
 
-    size = chunks._largest(100, budget, lambda k: predicted(k or 100), compiled, "f")
+    size = chunking._largest(100, budget, lambda k: predicted(k or 100), compiled, "f")
     assert measured(size) <= budget
     assert 0.6 * want <= size <= want
     assert len(tried) <= 7

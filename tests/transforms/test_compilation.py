@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.compilation import jit
-from funcgrad.transforms.errors import FuncgradError, RetraceError
-from funcgrad.transforms.retraces import Change, Retraces
+from funcgrad.transforms.compilation.jit import jit
+from funcgrad.transforms.compilation.retraces import Change, Retraces
+from funcgrad.transforms.core.errors import FuncgradError, RetraceError
 from jax.sharding import NamedSharding, PartitionSpec
 
 X = np.arange(3, dtype=np.float32)
@@ -611,7 +611,7 @@ def test_donated_arguments_are_still_told():
 
 
 def test_a_graph_is_a_callable():
-    from funcgrad.transforms.graph import trace
+    from funcgrad.transforms.core.graph import trace
 
     graph = trace(affine, params_of(), X)
     np.testing.assert_allclose(jit(graph)(params_of(), X), affine(params_of(), X))
@@ -676,7 +676,7 @@ def test_max_retraces_inside_another_trace():
 
 
 def test_every_kind_has_a_hint():
-    from funcgrad.transforms.retraces import _HINTS
+    from funcgrad.transforms.compilation.retraces import _HINTS
 
     for kind in _HINTS:
         assert Change(kind, "x", "float32", "int32").hint

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms import _jax, layouts
-from funcgrad.transforms.costs import machines
-from funcgrad.transforms.living import retraced
-from funcgrad.transforms.loops.schedule import evaluations
+from funcgrad.transforms.core import _jax, subjaxprs
+from funcgrad.transforms.core.passes import retraced
+from funcgrad.transforms.cost import device
+from funcgrad.transforms.while_loops.schedule import evaluations
 from jax import lax
 from jax.extend.core import Literal
 
@@ -48,14 +48,14 @@ OTHERWISE = {
 }
 CALLS = (
     frozenset({"jit", "remat2", "closed_call", "eval_jaxpr", "composite", "custom_vmap_call"})
-    | layouts.WITH_DERIVATIVES
+    | subjaxprs.WITH_DERIVATIVES
 )
 
 
 def is_lowered(eqn):
     avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
     is_complex = any(jnp.issubdtype(getattr(a, "dtype", bool), jnp.complexfloating) for a in avals)
-    return eqn.primitive.name in LOWERED or (is_complex and not layouts.bodies(eqn))
+    return eqn.primitive.name in LOWERED or (is_complex and not subjaxprs.bodies(eqn))
 
 
 def evaluated(jaxpr, values, apply, number=lambda v: v.val):
@@ -71,7 +71,7 @@ def unrolled(jaxpr, *values):
     """A jaxpr with scans as many steps and calls as their bodies. What `is_lowered` is a barrier, which has no FLOPs."""
 
     def apply(eqn, values):
-        name, bodies = eqn.primitive.name, [body.jaxpr for body in layouts.bodies(eqn)]
+        name, bodies = eqn.primitive.name, [body.jaxpr for body in subjaxprs.bodies(eqn)]
         if is_lowered(eqn):
             empty = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
             return lax.optimization_barrier([*empty, *values])[: len(empty)]
@@ -85,7 +85,7 @@ def unrolled(jaxpr, *values):
             return steps(eqn, bodies[0], values)
         if bodies:
             opened = [retraced(j.jaxpr, lambda *values, j=j: unrolled(j, *values)) for j in bodies]
-            return layouts.rebind(eqn.primitive, eqn.params, values, opened)
+            return subjaxprs.rebind(eqn.primitive, eqn.params, values, opened)
         return _jax.bind(eqn.primitive, eqn.params, values)
 
     return evaluated(jaxpr, values, apply)
@@ -503,18 +503,18 @@ def test_a_machine_is_measured_once():
 )
 def test_caches_are_as_large_as_what_is_rewritten_fast(speeds, near, monkeypatch):
     took_s = {2 ** (22 + k): 2 ** (22 + k) / speed for k, speed in enumerate(speeds)}
-    monkeypatch.setattr(machines, "_rewriting_s", took_s.__getitem__)
-    machines.cache_bytes.cache_clear()
-    assert machines.cache_bytes() == near * 2**20
-    machines.cache_bytes.cache_clear()
+    monkeypatch.setattr(device, "_rewriting_s", took_s.__getitem__)
+    device.cache_bytes.cache_clear()
+    assert device.cache_bytes() == near * 2**20
+    device.cache_bytes.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_heap")
 def test_caches_are_measured_once_and_fast():
     start = time.perf_counter()
-    assert machines.cache_bytes() in {2**k for k in range(22, 26)}
+    assert device.cache_bytes() in {2**k for k in range(22, 26)}
     assert time.perf_counter() - start < 1
-    assert machines.cache_bytes.cache_info().misses == 1
+    assert device.cache_bytes.cache_info().misses == 1
 
 
 @pytest.mark.usefixtures("fresh_heap")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms import _jax
+from funcgrad.transforms.core import _jax
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 

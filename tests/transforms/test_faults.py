@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms import _jax
-from funcgrad.transforms.faults import dependencies
-from funcgrad.transforms.living import run
+from funcgrad.transforms.core import _jax
+from funcgrad.transforms.core.passes import run
+from funcgrad.transforms.nan_origin import dependencies
 from jax import lax
 
 import funcgrad as fg

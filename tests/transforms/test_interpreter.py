@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms import _jax
+from funcgrad.transforms.core import _jax
 from jax import lax
 
 import funcgrad as fg

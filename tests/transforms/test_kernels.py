@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.kernels.hlo import parse
+from funcgrad.transforms.compilation.kernels.hlo import parse
 from jax import lax
 
 import funcgrad as fg

@@ -10,7 +10,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms import _jax, layouts
+from funcgrad.transforms.core import _jax, subjaxprs
 from jax import lax
 from jax.extend.core.primitives import call_p, closed_call_p
 from jax.sharding import PartitionSpec as P
@@ -56,7 +56,7 @@ def holders(sin):
         return jax.shard_map(body, mesh=MESH, in_specs=P("i"), out_specs=P("i"))(x)
 
     def call(primitive, x):
-        jaxpr, closed_over, _ = layouts.opened(jax.make_jaxpr(sin)(x))
+        jaxpr, closed_over, _ = subjaxprs.opened(jax.make_jaxpr(sin)(x))
         jaxpr = jaxpr.jaxpr if primitive is call_p else jaxpr  # open on JAX 0.10; since then the two are one
         return _jax.bind(primitive, {"call_jaxpr": jaxpr}, [*closed_over, x])[0]
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.loops.schedule import evaluations, lengths
+from funcgrad.transforms.while_loops.schedule import evaluations, lengths
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P

@@ -7,8 +7,8 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
-from funcgrad.transforms.costs.backends import BACKENDS
-from funcgrad.transforms.costs.calls import copied_bytes
+from funcgrad.transforms.cost.backends import BACKENDS
+from funcgrad.transforms.cost.library_calls import copied_bytes
 from jax import lax
 
 import funcgrad as fg

@@ -13,7 +13,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms import _jax, layouts
+from funcgrad.transforms.core import _jax, subjaxprs
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -94,7 +94,7 @@ def test_tap_and_patch_of_everything(p):
 @pytest.mark.parametrize("p", [p for p in CORPUS if "grad" not in p.lacks], ids=str)
 def test_gradient_of_a_program_patched_with_itself(p):
     """Where no function with a derivative rule of its own is entered."""
-    rules = layouts.WITH_DERIVATIVES
+    rules = subjaxprs.WITH_DERIVATIVES
     graph = fg.trace(p.f, *p.args)
     if any(eqn.primitive.name in rules for _, eqn in fg.walk(graph)) or not graph.eqns:
         pytest.skip("its rules are replaced")

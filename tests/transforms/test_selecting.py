@@ -8,7 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from funcgrad.transforms.selecting import Probe, entered, is_within, joined
+from funcgrad.transforms.core.scope_paths import Probe, entered, is_within, joined
 from jax import lax
 
 import funcgrad as fg

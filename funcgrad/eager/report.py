@@ -1,0 +1,314 @@
+"""`Study` and `Comparison`: what was found, as text, in notebooks, as HTML and as plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..transforms.compilation.kernels.table import Compiled
+from ..transforms.core.graph import Graph
+from ..transforms.cost.formatting import bytes_in_words, rows_in_columns, seconds_in_words
+from .advice import Refusal
+from .line_tracing import Noticed
+from .tape import Tape
+
+SHOWN = 12  # rows of a section
+LEAST_GAIN = 0.95  # of the eager time: what is less than this is so by more than chance
+
+
+class Section(NamedTuple):
+    """A part of a report: a title and rows of cells."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
+
+
+class Report:
+    """What has sections, as text, in notebooks and as a page."""
+
+    def sections(self) -> list[Section]:
+        """The report as titles with rows of cells."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report as one HTML file, which replaces one that is there; its path."""
+        page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(repr(self))}</title>'
+        path = Path(path)
+        path.write_text(f"{page}<body>{self._page()}</body></html>", encoding="utf-8")
+        return path
+
+    def _page(self) -> str:
+        return self._repr_html_()
+
+    def __rich__(self) -> Any:
+        return _rich(self.sections())
+
+    def __str__(self) -> str:
+        return _text(self.sections())
+
+    def _repr_html_(self) -> str:
+        return _html(self.sections())
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An array that was burned into the program: its name in the function, "" if it has none, type and bytes."""
+
+    name: str
+    type: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of an eager call, of the first call of the compiled function, and of its later calls; None if it has none."""
+
+    eager_s: float
+    first_s: float | None
+    compiled_s: float | None
+
+    @property
+    def pays_after(self) -> int | None:
+        """After how many calls tracing and compiling has paid; None for never."""
+        if self.first_s is None or self.compiled_s is None or self.compiled_s >= LEAST_GAIN * self.eager_s:
+            return None
+        return math.ceil((self.first_s - self.compiled_s) / (self.eager_s - self.compiled_s))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Eager and compiled values differ by more than rounding.
+
+    Attributes:
+      gap: by how much at most, as a part of the largest value.
+      primitive, scope, line: the first operation whose compiled value differs; "" if the operations agree, so that Python did
+        something else while it was traced.
+    """
+
+    gap: float
+    primitive: str
+    scope: str
+    line: str
+
+
+@dataclass(frozen=True, repr=False)
+class Study(Report):
+    """What eager execution, tracing and compiling do with a function. Its text is the report.
+
+    Attributes:
+      name: of the function.
+      noticed: what Python did while it was traced (while it ran, if it cannot be traced): `branches()`, `loops()`, `printed`.
+      eager_operations: how many operations ran eagerly, those of jitted functions one by one.
+      traced_equations: how many the traced program has, bodies of loops and branches once; None if it cannot be traced.
+      constants: arrays burned into the program.
+      fixed: what the trace was made for, in words.
+      retraces: what was traced for these arguments, and for the others, and why.
+      kernels: the compiled program.
+      eager_peak_bytes: the most bytes of results alive at a time in an eager run that drops each after its last use.
+      times: of a call, eager, first, compiled.
+      difference: where eager and compiled values first differ; None if by rounding alone.
+      refusal: why it cannot be traced; None if it can.
+      tape, graph: the eager run and the traced program themselves.
+    """
+
+    name: str
+    noticed: Noticed
+    eager_operations: int
+    traced_equations: int | None
+    constants: tuple[Constant, ...]
+    fixed: tuple[str, ...]
+    retraces: tuple[str, ...]
+    kernels: Compiled | None
+    eager_peak_bytes: int
+    times: Times
+    difference: Difference | None
+    refusal: Refusal | None
+    tape: Tape = field(compare=False)
+    graph: Graph | None = field(compare=False)
+
+    def sections(self) -> list[Section]:
+        """The report as titles with rows of cells."""
+        t, k = self.times, self.kernels
+        head = [["", "eager", "traced", "compiled"]]
+        count = lambda n: "-" if n is None else f"{n:,}"
+        seconds = lambda s: "-" if s is None else seconds_in_words(s)
+        head.append(
+            [
+                "operations",
+                count(self.eager_operations),
+                count(self.traced_equations),
+                f"{len(k.kernels)} kernel{'s' * (len(k.kernels) != 1)}" if k else "-",
+            ]
+        )
+        head.append(["time of a call", seconds(t.eager_s), f"{seconds(t.first_s)} (first)", seconds(t.compiled_s)])
+        head.append(
+            [
+                "memory of results",
+                bytes_in_words(self.eager_peak_bytes),
+                "-",
+                bytes_in_words(k.memory.temp_bytes + k.memory.output_bytes) if k else "-",
+            ]
+        )
+        found = [Section(self.name, head)]
+        if self.refusal:
+            found.append(Section("cannot be traced", [[line] for line in str(self.refusal).splitlines()]))
+        else:
+            calls = (
+                f"after {t.pays_after:,} call{'s' * (t.pays_after != 1)}"
+                if t.pays_after is not None
+                else "never: a compiled call is no faster"
+            )
+            found.append(Section("compiling pays", [[calls]]))
+            found.append(Section("values", [[self._values()]]))
+        what = "while it was traced" if self.graph is not None else "while it ran"
+        found.append(Section(f"Python, {what}", self._python()))
+        found.append(
+            Section(
+                "burned in", [[c.name or "(without a name)", c.type, bytes_in_words(c.bytes)] for c in self.constants]
+            )
+        )
+        more = [[f"… and {len(self.fixed) - SHOWN} more"]] if len(self.fixed) > SHOWN else []
+        found.append(Section("made for", [*([text] for text in self.fixed[:SHOWN]), *more]))
+        found.append(Section("traced", [[text] for text in self.retraces]))
+        if k:
+            found.append(Section("kernels", [[line] for line in k.text(lines=SHOWN).splitlines()]))
+        return [section for section in found if section.rows]
+
+    def _values(self) -> str:
+        if self.difference is None:
+            return "equal, but for rounding"
+        d, gap = self.difference, f"differ by {self.difference.gap:.1g} of the largest"
+        if not d.line:
+            return f"{gap}: the operations agree, so Python did something else while it was traced"
+        return f"{gap}, first at '{d.primitive}' {d.scope} {d.line}"
+
+    def _python(self) -> list[list[str]]:
+        rows = [[f"printed {text!r}", "once, and not in later calls"] for text in self.noticed.printed]
+        for loop in self.noticed.loops():
+            rows.append([_short(loop.line), f"{loop.head}: went round {loop.times} times, each a part of the program"])
+        for branch in self.noticed.branches():
+            other = ", ".join(filter(None, branch.not_taken))
+            left = f"; not in the program: {other}" if other else ""
+            rows.append(
+                [
+                    _short(branch.line),
+                    f"if {branch.test}: {' and '.join(filter(None, branch.taken)) or 'not taken'}{left}",
+                ]
+            )
+        return rows
+
+    def dict(self) -> dict[str, Any]:
+        """All of it as plain Python values, for JSON."""
+        plain = lambda x: dataclasses.asdict(x) if x is not None else None
+        return {
+            "name": self.name,
+            "eager_operations": self.eager_operations,
+            "traced_equations": self.traced_equations,
+            "printed": list(self.noticed.printed),
+            "branches": [dataclasses.asdict(b) for b in self.noticed.branches()],
+            "loops": [dataclasses.asdict(x) for x in self.noticed.loops()],
+            "constants": [dataclasses.asdict(c) for c in self.constants],
+            "fixed": list(self.fixed),
+            "retraces": list(self.retraces),
+            "kernels": self.kernels.dict() if self.kernels else None,
+            "eager_peak_bytes": self.eager_peak_bytes,
+            "times": {**dataclasses.asdict(self.times), "pays_after": self.times.pays_after},
+            "difference": plain(self.difference),
+            "refusal": plain(self.refusal),
+        }
+
+    def __repr__(self) -> str:
+        return f"Study({self.name}: {self.eager_operations} operations, {self.traced_equations} traced)"
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison(Report):
+    """Studies beside each other, one row for each."""
+
+    studies: tuple[Study, ...]
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """Column -> cell, of each study."""
+        return [
+            {
+                "function": s.name,
+                "operations": f"{s.eager_operations:,}",
+                "equations": "-" if s.traced_equations is None else f"{s.traced_equations:,}",
+                "kernels": str(len(s.kernels.kernels)) if s.kernels else "-",
+                "eager": seconds_in_words(s.times.eager_s),
+                "first call": "-" if s.times.first_s is None else seconds_in_words(s.times.first_s),
+                "compiled": "-" if s.times.compiled_s is None else seconds_in_words(s.times.compiled_s),
+                "pays after": "-" if s.times.pays_after is None else f"{s.times.pays_after:,}",
+                "burned in": bytes_in_words(sum(c.bytes for c in s.constants)),
+                "traces": str(len(s.retraces)),
+                "tracing": "refused" if s.refusal else "differs" if s.difference else "ok",
+            }
+            for s in self.studies
+        ]
+
+    def sections(self) -> list[Section]:
+        """The table; the file that `save` writes has each study's own report below it."""
+        rows = self.rows
+        table = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
+        return [Section("", table)]
+
+    def dict(self) -> list[dict[str, Any]]:
+        """Each study as plain Python values, for JSON."""
+        return [s.dict() for s in self.studies]
+
+    def _page(self) -> str:
+        return "".join(report._repr_html_() for report in (self, *self.studies))
+
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(s.name for s in self.studies)})"
+
+
+def _short(line: str) -> str:
+    return os.path.basename(line)
+
+
+def _text(sections: Sequence[Section]) -> str:
+    parts = []
+    for title, rows in sections:
+        width = max(map(len, rows))
+        lines = rows_in_columns([[*row, *[""] * (width - len(row))] for row in rows], left=width)
+        parts.append("\n".join([*([title] if title else []), *(f"  {line}" for line in lines)]))
+    return "\n".join(parts)
+
+
+def _rich(sections: Sequence[Section]) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    tables = []
+    for title, rows in sections:
+        table = Table(title=title or None, title_justify="left", title_style="bold", box=None, show_header=False)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        tables.append(table)
+    return Group(*tables)
+
+
+_STYLE = """<style>
+.fg-report { font: 14px/1.4 system-ui, sans-serif; margin: 1em 0; }
+.fg-report h3 { margin: 1em 0 .3em; font-size: 1em; }
+.fg-report table { border-collapse: collapse; }
+.fg-report td { padding: .15em .8em .15em 0; text-align: left; vertical-align: top; white-space: pre-wrap; }
+.fg-report td { font: 12px/1.4 ui-monospace, monospace; }
+</style>"""
+
+
+def _html(sections: Sequence[Section]) -> str:
+    parts = []
+    for title, rows in sections:
+        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+        parts.append(f"<h3>{html.escape(title)}</h3><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")
+    return f'{_STYLE}<div class="fg-report">{"".join(parts)}</div>'

@@ -1,0 +1,208 @@
+"""`compiled`: what XLA made of a program: its kernels in order, the equations in each, and what each takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from ...core import subjaxprs
+from ...core.errors import ArgumentError
+from ...core.graph import Graph, trace
+from ...cost.device import Machine
+from ...cost.formatting import bytes_in_words, count_in_words, rows_in_columns, seconds_in_words
+from ...cost.operations import is_view
+from ...cost.table import Row
+from .hlo import parse
+from .instructions import Kernel, kernels_of
+from .profiling import measured
+from .tags import donated, tagged
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What XLA allocates, in bytes; results that are written over arguments are in `alias_bytes` too."""
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temp_bytes: int
+
+
+@dataclass(frozen=True, repr=False)
+class Compiled:
+    """A compiled program. Its text is a table of kernels.
+
+    Attributes:
+      name: of the function.
+      kernels: in the order in which they run; those of a loop's body in the place of the loop.
+      vanished: equations of which nothing is left: dead, computed at compile time, or the same as another.
+      memory: bytes of arguments, results and temporaries.
+      compile_s: how long XLA took, in seconds.
+      elapsed_s: the wall time of a call, in seconds; None if it was not run.
+      parts: name -> the kernels that hold something of an equation, as `fg.show(graph, kernels=...)` shows them.
+    """
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    vanished: tuple[Row, ...]
+    memory: Memory
+    compile_s: float
+    elapsed_s: float | None
+    parts: dict[str, tuple[Kernel, ...]]
+    executable: Any = dataclasses.field(repr=False, compare=False)
+
+    def hlo(self) -> str:
+        """The compiled program as XLA prints it."""
+        return self.executable.as_text()
+
+    @cached_property
+    def is_measured(self) -> bool:
+        """Whether its kernels have times."""
+        return any(k.elapsed_s is not None for k in self.kernels)
+
+    @cached_property
+    def times(self) -> dict[str, float]:
+        """name -> seconds of each measured equation: the time of its kernels, in equal parts for all equations in them."""
+        found: dict[str, float] = {}
+        for name, k in ((name, k) for name, kernels in self.parts.items() for k in kernels):
+            if k.elapsed_s is not None:
+                found[name] = found.get(name, 0.0) + k.elapsed_s / len(k.equations)
+        return found
+
+    def dict(self) -> dict[str, Any]:
+        """All of it as plain Python values, for JSON."""
+        return {
+            "name": self.name,
+            "compile_s": self.compile_s,
+            "elapsed_s": self.elapsed_s,
+            "memory": dataclasses.asdict(self.memory),
+            "kernels": [
+                {
+                    **{f: getattr(k, f) for f in ("name", "kind", "library", "times", "elapsed_s", "scopes", "lines")},
+                    **dataclasses.asdict(k.work),
+                    "equations": [row.operation for row in k.equations],
+                }
+                for k in self.kernels
+            ],
+            "vanished": [{"equation": row.operation, "scope": row.scope, "line": row.line} for row in self.vanished],
+        }
+
+    def __repr__(self) -> str:
+        return f"Compiled({self.name}: {len(self.kernels)} kernels, {bytes_in_words(self.memory.temp_bytes)} of temporaries)"
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, lines: int = 30, machine: Machine | None = None) -> str:
+        """A table, the longest kernels first if they were measured.
+
+        Args:
+          lines: fold the rest of a longer table.
+          machine: adds how much of this machine each kernel uses.
+        """
+        m = self.memory
+        took = f", {seconds_in_words(self.elapsed_s)} a call" if self.elapsed_s is not None else ""
+        many = f"{len(self.kernels)} kernel{'s' * (len(self.kernels) != 1)}"
+        head = [
+            f"{self.name}: {many}{took}, compiled in {seconds_in_words(self.compile_s)}",
+            f"{bytes_in_words(m.argument_bytes)} of arguments, {bytes_in_words(m.output_bytes)} of results "
+            f"({bytes_in_words(m.alias_bytes)} written over arguments), {bytes_in_words(m.temp_bytes)} of temporaries",
+        ]
+        if self.vanished:
+            names = Counter(str(row.eqn.primitive) for row in self.vanished)
+            head.append("vanished: " + ", ".join(f"{name} ×{n}" for name, n in names.most_common()))
+        whole = sum(k.elapsed_s or 0 for k in self.kernels) or 1
+        kernels = sorted(self.kernels, key=lambda k: -(k.elapsed_s or 0))
+        columns = [
+            "time",
+            "share",
+            "runs",
+            "FLOP",
+            "bytes",
+            *(["of roofline"] if machine else []),
+            "kernel",
+            "equations",
+        ]
+        rows = [columns]
+        for k in kernels[:lines]:
+            share = k.share(machine) if machine else None
+            rows.append(
+                [
+                    "" if k.elapsed_s is None else seconds_in_words(k.elapsed_s),
+                    "" if k.elapsed_s is None else f"{k.elapsed_s / whole:.1%}",
+                    "?" if k.times is None else str(k.times),
+                    count_in_words(k.work.flops),
+                    bytes_in_words(k.work.bytes),
+                    *([f"{share:.0%}" if share is not None else ""] if machine else []),
+                    k.sort,
+                    _summary(k),
+                ]
+            )
+        more = [f"… {len(kernels) - lines} more"] if len(kernels) > lines else []
+        return "\n".join([*head, *rows_in_columns(rows, left=2), *more])
+
+
+def _summary(k: Kernel) -> str:
+    names = Counter(str(row.eqn.primitive) for row in k.equations)
+    text = ", ".join(f"{name} ×{n}" if n > 1 else name for name, n in names.most_common(4)) or "-"
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return "  ".join(filter(None, [f"{text}{more}", *(scope for scope in k.scopes[:1] if scope)]))
+
+
+# ------------------------------------------------------------------------------------------------ compiled
+
+
+def compiled(f: Callable, /, *args: Any, **kwargs: Any) -> Compiled:
+    """Compile a program, run it a few times, and say what XLA made of it.
+
+    Args:
+      f: function or Graph, also one that was jitted: what it donates is donated here, from copies of the arguments.
+      *args, **kwargs: its arguments. With `jax.ShapeDtypeStruct` among them the program is compiled and not run, so nothing is
+        measured. A Graph of no arguments given is compiled for its types.
+    Returns:
+      Compiled: kernels with their equations, FLOPs, bytes and times; what vanished; memory; `hlo()`.
+    Raises:
+      ArgumentError: the arguments cannot be traced. Also a TypeError.
+
+    >>> import jax.numpy as jnp
+    >>> c = compiled(lambda w, x: jnp.sum(jnp.tanh(x @ w)), jnp.ones((8, 8)), jnp.ones((4, 8)))
+    >>> [str(row.eqn.primitive) for k in c.kernels for row in k.equations if k.kind == "matmul"]
+    ['dot_general']
+    """
+    if not callable(f):
+        raise ArgumentError(f"compiled takes a function or a Graph, and got {type(f).__name__}.", inputs=f"{f!r:.60}")
+    if isinstance(f, Graph):
+        types = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in f.in_avals]
+        graph, leaves = f, f.leaves(*args, **kwargs) if args or kwargs else types
+    else:
+        graph = trace(f, *args, **kwargs)
+        leaves = jax.tree.leaves((args, kwargs))
+    jitted, tags = tagged(graph)
+    lowered = jitted.lower(*leaves)
+    start_s = time.perf_counter()
+    executable = lowered.compile()
+    compile_s = time.perf_counter() - start_s
+    module = parse(executable.as_text())
+    elapsed_s: float | None = None
+    seconds: dict[str, float] = {}
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        elapsed_s, seconds = measured(executable, leaves, donated(graph), module.name)
+    analysis = executable.memory_analysis()
+    sizes = (getattr(analysis, f"{name}_size_in_bytes", 0) for name in ("argument", "output", "alias", "temp"))
+    kernels = [dataclasses.replace(k, elapsed_s=seconds.get(k.name)) for k in kernels_of(module, tags)]
+    found = {id(row) for k in kernels for row in k.equations}
+    plain = (tag.row for tag in tags if not is_view(tag.row.eqn) and not subjaxprs.bodies(tag.row.eqn))
+    vanished = tuple(row for row in plain if id(row) not in found)
+    parts: dict[str, tuple[Kernel, ...]] = {}
+    names = {id(tag.row): tag.name for tag in tags}
+    for k in kernels:
+        for row in k.equations:
+            parts[names[id(row)]] = (*parts.get(names[id(row)], ()), k)
+    return Compiled(graph.name, tuple(kernels), vanished, Memory(*sizes), compile_s, elapsed_s, parts, executable)

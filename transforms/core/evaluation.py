@@ -1,0 +1,105 @@
+"""How a Graph is evaluated: under the trace that is current, equation by equation, in as little time as that trace allows.
+
+- A trace that stages equations is given copies of them: their types are known, and nothing in them is to be traced again.
+- JAX linearizes an equation by tracing its JVP, and what jax.numpy jits only once. So the equations of a Graph that is
+  differentiated inside of a trace are called as jitted functions of one operation, which JAX inlines.
+- Everything else binds each equation, as `jax.core.eval_jaxpr` does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from . import _jax, manual_axes, subjaxprs
+from .passes import FOREIGN, Living, evaluate, run
+from .rules import Rules
+
+
+def evaluated(jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
+    """The outputs of a graph's jaxpr for values of its types."""
+    inner = jaxpr.jaxpr
+    if manual_axes.varying(values):  # inside a shard_map, whose shards were not there when the graph was traced
+        return evaluate(jaxpr, FOREIGN, values)
+    is_as_traced = all(map(_has_type, values, inner.invars)) and jax.sharding.get_abstract_mesh().empty
+    if is_as_traced and not inner.is_high:
+        trace, tables = _jax.current_trace(), []
+        if isinstance(trace, _jax.StagingTrace):
+            return _copied(trace, jaxpr, values)
+        while isinstance(trace, Living):
+            tables.append(trace.rules)
+            trace = trace.parent
+        if isinstance(trace, _jax.LinearizeTrace) and _is_staged(trace):
+            return run(inner, [*jaxpr.consts, *values], functools.partial(_linearized_once, tables))
+    return _jax.jaxpr_as_fun(jaxpr)(*values)
+
+
+def _has_type(value: Any, var: Any) -> bool:
+    return isinstance(value, jax.Array) and jax.typeof(value) == var.aval
+
+
+def _is_staged(trace: Any) -> bool:
+    """Whether what is bound under this trace ends up in one that stages equations."""
+    while not isinstance(trace, _jax.StagingTrace):
+        trace = getattr(trace, "parent_trace", getattr(trace, "parent", None))
+        if trace is None:
+            return False
+    return True
+
+
+def _copied(trace: Any, jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
+    """Stage copies of all equations. As JAX does with what it inlines, but each keeps its source line.
+
+    Bound are those with effects, which JAX notes by the values that they are on, and those of another configuration than that
+    of the call, as both count.
+    """
+    inner, here, context = jaxpr.jaxpr, _jax.current_source(), _jax.current_context()
+    env = {
+        v: trace.to_jaxpr_tracer(x, here)
+        for v, x in zip((*inner.constvars, *inner.invars), (*jaxpr.consts, *values), strict=True)
+    }
+    read = lambda v: _jax.StagedValue(trace, v.aval, v, here) if isinstance(v, _jax.Literal) else env[v]
+    for eqn in inner.eqns:
+        given, avals = list(map(read, eqn.invars)), [v.aval for v in eqn.outvars]
+        if eqn.effects or eqn.ctx is not context:
+            with _jax.context_of(eqn):
+                outputs = _jax.bind(eqn.primitive, eqn.params, given)
+        elif (known := _jax.constants_of(eqn.primitive, given, eqn.params, avals)) is not None:
+            outputs = [trace.new_const(x, here, aval=aval) for x, aval in zip(known, avals, strict=True)]
+        else:
+            source = eqn.source_info.replace(name_stack=here.name_stack + eqn.source_info.name_stack)
+            outputs = trace.emit_eqn(given, avals, eqn.primitive, eqn.params, eqn.effects, source, eqn.ctx)
+        env.update(zip(eqn.outvars, outputs, strict=True))
+    return list(map(read, inner.outvars))
+
+
+def _linearized_once(tables: Sequence[Rules], eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Bind an equation as a jitted function, if JAX would else trace its JVP anew and no rule claims it."""
+    primitive, params = eqn.primitive, tuple(eqn.params.items())
+    is_claimed = any(rules.default or primitive in rules.table for rules in tables)
+    if not is_claimed and primitive in _operations() and not any(hasattr(x, "eqns") for _, x in params):
+        avals = tuple(v.aval for v in eqn.invars)
+        try:
+            operation = _operation(primitive, params, avals, _jax.current_context())
+        except TypeError:  # parameters without a hash
+            pass
+        else:
+            return _jax.bind_inlined(operation, primitive.name, values)
+    return _jax.bind(primitive, eqn.params, values)
+
+
+@functools.cache
+def _operations() -> frozenset[_jax.Primitive]:
+    """JAX's own operations: what equal parameters of theirs mean is equal too, and they hold nothing of the user's."""
+    every = (getattr(lax, name) for name in dir(lax) if name.endswith("_p"))
+    return frozenset(p for p in every if _jax.is_linearized_by_jvp(p) and not subjaxprs.has_bodies(p))
+
+
+@functools.lru_cache(maxsize=1024)
+def _operation(primitive: _jax.Primitive, params: tuple, avals: tuple, context: Any) -> _jax.ClosedJaxpr:
+    """One operation as a jaxpr, traced in this context; JAX keeps its derivatives as long as it lives."""
+    return _jax.stage_flat(lambda *values: _jax.bind(primitive, dict(params), values), avals, _jax.no_names)

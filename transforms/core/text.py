@@ -1,0 +1,138 @@
+"""A graph as text for terminals: one equation a line, scopes as headings, sub-graphs indented."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from . import _jax, subjaxprs
+
+# Parameters that say nothing to a reader, or that the listing shows in another way.
+_HIDDEN = frozenset(
+    """
+    jaxpr call_jaxpr branches cond_jaxpr body_jaxpr jaxprs const_lengths jvp_jaxpr_fun fwd_jaxpr_thunk bwd out_trees
+    symbolic_zeros num_consts num_carry ft_in ft_out cond_nconsts body_nconsts in_shardings out_shardings in_layouts
+    out_layouts ctx_mesh keep_unused inline compiler_options_kvs differentiated sharding accuracy prevent_cse in_specs
+    out_specs linear mesh check_vma newly_manual_axes manual_axes out_sharding weak_type unroll preferred_element_type
+    """.split()  # noqa: SIM905
+)
+_WIDTH = 56  # characters of parameters per equation
+
+
+def text(
+    name: str, paths: Sequence[str], jaxpr: _jax.ClosedJaxpr, *, source: bool = False, lines: int | None = 200
+) -> str:
+    """A graph as text; see `Graph.text`.
+
+    Args:
+      name, paths, jaxpr: the graph's.
+      source: whether each equation shows the user's line that made it.
+      lines: fold the middle of a longer text; None shows all.
+    """
+    head, body = written(name, paths, jaxpr, Names(paths, jaxpr), source=source)
+    if lines is not None and len(body) > (lines := max(lines, 2)):
+        folded = f"  … {len(body) - lines} lines folded; text(lines=None) shows all …"
+        body = [*body[: lines // 2], folded, *body[len(body) - (lines - lines // 2) :]]
+    return "\n".join([*head, *body])
+
+
+def written(
+    name: str, paths: Sequence[str], jaxpr: _jax.ClosedJaxpr, names: Names, *, source: bool = False
+) -> tuple[list[str], list[str]]:
+    """The lines of a graph's head and of its equations, with variables called as `names` says."""
+    inner = jaxpr.jaxpr
+    inputs = ", ".join(f"{p}: {short(v.aval)}" for p, v in zip(paths, inner.invars, strict=True))
+    head = [f"{name}({inputs})"]
+    if inner.constvars:
+        head.append("  closed over " + ", ".join(f"{names(v)}:{short(v.aval)}" for v in inner.constvars))
+    return head, list(_rows(inner, names, source, "  "))
+
+
+class Names:
+    """Names for variables: inputs by their paths, others in order of appearance: a, b, …, z, aa, ab, …"""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        jaxpr: _jax.ClosedJaxpr,
+        known: Mapping[Any, str] | None = None,
+        taken: Iterable[str] = (),
+    ) -> None:
+        self.known: dict[Any, str] = {**(known or {}), **dict(zip(jaxpr.jaxpr.invars, paths, strict=True))}
+        taken = {*taken, *self.known.values()}
+        words = ("".join(w) for n in itertools.count(1) for w in itertools.product(string.ascii_lowercase, repeat=n))
+        self.fresh = (word for word in words if word not in taken)
+
+    def __call__(self, atom) -> str:
+        """The name of a variable, which it keeps; of a literal the number, or its type."""
+        if isinstance(atom, _jax.Literal):
+            return f"{atom.val}" if getattr(atom.val, "ndim", 0) == 0 else short(atom.aval)
+        if _jax.dropped(atom):
+            return "_"
+        if atom not in self.known:
+            self.known[atom] = next(self.fresh)
+        return self.known[atom]
+
+
+def _rows(jaxpr: _jax.Jaxpr, names: Names, source: bool, indent: str) -> Iterator[str]:
+    open_scopes: list[str] = []
+    for eqn in jaxpr.eqns:
+        scopes = _split(_jax.scope_of(eqn))
+        kept = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(open_scopes, scopes, strict=False))))
+        for depth in range(kept, len(scopes)):
+            yield f"{indent}{'  ' * depth}{scopes[depth]}:"
+        open_scopes = scopes
+        inner = indent + "  " * len(scopes)
+        yield inner + equation(eqn, names) + (_where(eqn) if source else "")
+        for body in subjaxprs.bodies(eqn):
+            sub = body.jaxpr.jaxpr
+            inputs = ", ".join(f"{names(v)}:{short(v.aval)}" for v in [*sub.constvars, *sub.invars])
+            yield f"{inner}  {body.label}({inputs})"
+            yield from _rows(sub, names, source, inner + "    ")
+    yield f"{indent}return {', '.join(map(names, jaxpr.outvars)) or 'nothing'}"
+
+
+def equation(eqn, names: Callable[[Any], str]) -> str:
+    """An equation in one line, as "a:f32[8] = mul x 2.0"."""
+    inputs = " ".join(map(names, eqn.invars))
+    outputs = " ".join(f"{names(v)}:{short(v.aval)}" for v in eqn.outvars)
+    shown = ", ".join(f"{k}={_value(v)}" for k, v in eqn.params.items() if k not in _HIDDEN and _worth_showing(v))
+    shown = shown if len(shown) <= _WIDTH else shown[: _WIDTH - 1] + "…"
+    return f"{outputs + ' = ' if outputs else ''}{eqn.primitive.name}{f'[{shown}]' if shown else ''} {inputs}".rstrip()
+
+
+def _worth_showing(value) -> bool:
+    trivial = value is None or value is False or (isinstance(value, tuple) and all(v is False for v in value))
+    return not trivial and not callable(value)
+
+
+def _value(value) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_value, value))}{',' if len(value) == 1 else ''})"
+    return " ".join(str(value).split())
+
+
+def short(aval) -> str:
+    """A type, as "f32[8,3]"."""
+    return aval.str_short(short_dtypes=True)
+
+
+def _where(eqn) -> str:
+    return "".join(
+        f"  # {os.path.basename(file)}:{line} ({function})" for file, line, function in _jax.source_lines(eqn)
+    )
+
+
+def _split(scope: str) -> list[str]:
+    """Split at the slashes that are not inside the parentheses of a transform, as in `transpose(jvp(a/b))/c`."""
+    parts, depth = [""], 0
+    for c in scope:
+        depth += (c == "(") - (c == ")")
+        if c == "/" and not depth:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [p for p in parts if p]

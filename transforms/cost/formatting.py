@@ -1,0 +1,67 @@
+"""Numbers in words and back, and rows in columns."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ..core.errors import OptionError
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def bytes_in_words(n: float) -> str:
+    """As "1.5 MiB"."""
+    return _scaled(n, 1024, _UNITS)
+
+
+def bytes_of(memory: Any) -> int | float:
+    """What `memory=` says: a whole number of bytes, or a fraction, as a float, of what the default needs.
+
+    Raises:
+      OptionError: it is no positive number of bytes, as 2**30, "1GiB" or "1.5 GB", and no percentage, as "50%".
+
+    >>> bytes_of("1.5KiB"), bytes_of(2000), bytes_of("50%")
+    (1536, 2000, 0.5)
+    """
+    if isinstance(memory, numbers.Integral) and not isinstance(memory, bool) and int(memory) > 0:
+        return int(memory)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTP]?i?B|%)\s*", memory) if isinstance(memory, str) else None
+    if found and (number := float(found[1])) > 0:
+        unit = found[2]
+        if unit == "%":
+            return number / 100
+        exponent = "BKMGTP".index(unit[0].upper())
+        return math.floor(number * (1024 if "i" in unit else 1000) ** exponent)
+    hint = 'a number of bytes, as 2**30 or "1GiB", or a part of what it takes without a budget, as "50%"'
+    raise OptionError(f"memory= cannot be {memory!r:.40}.", hint=hint)
+
+
+def count_in_words(n: float, unit: str = "") -> str:
+    """As "1.5 G", with the unit behind: "1.5 GFLOP"."""
+    return _scaled(n, 1000, tuple(f"{prefix}{unit}" for prefix in ("", "k", "M", "G", "T", "P", "E")))
+
+
+def seconds_in_words(t: float) -> str:
+    """As "1.5 ms"."""
+    return _scaled(t * 1e9, 1000, ("ns", "µs", "ms", "s"))
+
+
+def rows_in_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """One line per row; all but the last `left` columns are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = len(widths) - left
+    cells = lambda row: (
+        x.rjust(w) if k < right else x.ljust(w) for k, (x, w) in enumerate(zip(row, widths, strict=True))
+    )
+    return ["  ".join(cells(row)).rstrip() for row in rows]
+
+
+def _scaled(n: float, base: int, units: Sequence[str]) -> str:
+    k = 0
+    while round(n, 1) >= base and k < len(units) - 1:
+        n, k = n / base, k + 1
+    return f"{n:,.{1 if k or n != round(n) else 0}f} {units[k]}".rstrip()

@@ -1,0 +1,169 @@
+"""`Timeline`: how many bytes are alive while a program runs, equation by equation, and what they are at the peak.
+
+The model is a program that runs in the order of its equations and keeps each value from the equation that makes it to the last
+one that reads it. Arguments stay, as they belong to the caller; results stay to the end. What gives a value another shape shares
+its memory. A loop holds its slices, its carry twice, and what its body holds. Nothing is fused: a backend that fuses holds less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..core import _jax
+from .formatting import bytes_in_words, rows_in_columns
+from .inlining import Step, Value
+
+
+class Moment(NamedTuple):
+    """While an equation runs: the bytes that are alive, and its scope, primitive and source line."""
+
+    live_bytes: int
+    scope: str
+    primitive: str
+    line: str | None
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A value that is alive at the peak.
+
+    Attributes:
+      path: an argument's path, as "params['w']"; "constant"; or the "scope/primitive" that made it.
+      type: as "f32[8,128]".
+      bytes: its size; of all shards, inside a `shard_map`.
+      line: the user's line that made it; None for an argument.
+    """
+
+    path: str
+    type: str
+    bytes: int
+    line: str | None
+
+
+@dataclass(frozen=True, repr=False)
+class Timeline:
+    """The live bytes of a program over its equations. Its text shows the curve, and what is alive at the peak.
+
+    Attributes:
+      live_bytes: one number per equation in the order in which they run, those of a loop's body once.
+      peak: the moment of the most live bytes; `peak_at` is its place among them.
+      owners: what is alive then, the largest first.
+      argument_bytes: of the arguments and constants, which are alive throughout.
+    """
+
+    live_bytes: tuple[int, ...]
+    peak_at: int
+    peak: Moment
+    owners: tuple[Owner, ...]
+    argument_bytes: int
+
+    def __repr__(self) -> str:
+        return f"Timeline(peak {bytes_in_words(self.peak.live_bytes)} at {self.peak.scope or self.peak.primitive})"
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, lines: int = 12) -> str:
+        """The curve as one line, the peak, and the `lines` largest of its owners."""
+        peak, count = self.peak, len(self.live_bytes)
+        where = "/".join(filter(None, (peak.scope, peak.primitive)))
+        head = [
+            f"peak {bytes_in_words(peak.live_bytes)} at equation {self.peak_at + 1} of {count}: {where}",
+            f"  {peak.line or ''}".rstrip(),
+            f"arguments {bytes_in_words(self.argument_bytes)}",
+            _curve(self.live_bytes),
+        ]
+        rows = [(bytes_in_words(o.bytes), o.type, o.path, o.line or "") for o in self.owners[:lines]]
+        if rest := self.owners[lines:]:
+            rows.append((bytes_in_words(sum(o.bytes for o in rest)), "", f"{len(rest)} more", ""))
+        return "\n".join(filter(None, [*head, *rows_in_columns([("bytes", "type", "path", "line"), *rows])]))
+
+
+def simulated(inputs: Sequence[Value], steps: Sequence[Step], outputs: Sequence[Value]) -> Timeline:
+    """The timeline of a program."""
+    moments: list[tuple[int, Step | None, _Chain]] = []
+    run = _Run(list(steps), outputs, list(inputs), frozenset(), 1)
+    argument_bytes = sum(v.bytes for v in run.inputs)
+    _simulate(run, 0, (), moments)
+    if not moments:
+        moments.append((argument_bytes, None, ((run, 0),)))
+    at = max(range(len(moments)), key=lambda k: moments[k][0])
+    live_bytes, step, chain = moments[at]
+    owners = [_owner(v, run.copies) for run, k in chain for v in run.alive(k) if v.bytes]
+    owners += [_inside(run.steps[k]) for run, k in chain if run.steps and run.steps[k].kept_bytes]
+    owners.sort(key=lambda o: -o.bytes)
+    peak = Moment(
+        live_bytes,
+        "/".join(step.path) if step else "",
+        step.eqn.primitive.name if step else "",
+        _jax.line_of(step.eqn) if step else None,
+    )
+    return Timeline(tuple(m[0] for m in moments), at, peak, tuple(owners), argument_bytes)
+
+
+class _Run:
+    """Steps that run one after the other, and when their values are alive."""
+
+    def __init__(
+        self, steps: list[Step], outputs: Sequence[Value], inputs: list[Value], shared: frozenset[Value], copies: int
+    ):
+        self.steps, self.inputs, self.copies = steps, inputs, copies
+        self.born = dict.fromkeys(inputs, 0)
+        for k, step in enumerate(steps):
+            self.born.update((v, k) for v in step.makes if v not in shared)
+        self.last = dict(self.born)
+        for k, step in enumerate(steps):
+            self.last.update((v, k) for v in step.reads if v in self.born)
+        self.last.update((v, len(steps)) for v in (*outputs, *inputs) if v in self.born)
+
+    def alive(self, k: int) -> list[Value]:
+        return [v for v, born in self.born.items() if born <= k <= self.last[v]]
+
+
+_Chain = tuple[tuple[_Run, int], ...]
+
+
+def _simulate(run: _Run, base: int, chain: _Chain, moments: list[tuple[int, Step | None, _Chain]]) -> None:
+    """Append the moments of a run, which come on top of `base` bytes."""
+    begin, end = [0] * (len(run.steps) + 1), [0] * (len(run.steps) + 2)
+    for v, k in run.born.items():
+        begin[k] += v.bytes * run.copies
+        end[run.last[v] + 1] += v.bytes * run.copies
+    live = base
+    for k, step in enumerate(run.steps):
+        live += begin[k] - end[k]
+        here = (*chain, (run, k))
+        moments.append((live + step.kept_bytes, step, here))
+        for body in step.bodies:
+            inner = _Run(body.steps, body.outputs, body.slices, body.shared, run.copies * body.copies)
+            _simulate(inner, live + step.kept_bytes, here, moments)
+
+
+def _owner(v: Value, copies: int) -> Owner:
+    kind = v.aval.str_short(short_dtypes=True)
+    if v.argument is not None:
+        return Owner(v.argument, kind, v.bytes, None)
+    return Owner("/".join((*v.path, v.maker.primitive.name)), kind, v.bytes * copies, _jax.line_of(v.maker))
+
+
+def _inside(step: Step) -> Owner:
+    """What a loop keeps for its own way back."""
+    return Owner(
+        "/".join((*step.path, step.eqn.primitive.name)), "checkpoints", step.kept_bytes, _jax.line_of(step.eqn)
+    )
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def _curve(values: Sequence[int], width: int = 72) -> str:
+    """The largest of the values in each of some columns, as a line of bars."""
+    width = min(width, len(values))
+    columns = [
+        max(values[k * len(values) // width : max((k + 1) * len(values) // width, k * len(values) // width + 1)])
+        for k in range(width)
+    ]
+    top = max(columns, default=0) or 1
+    return "".join(_BARS[min(int(8 * c / top), 7)] for c in columns)

@@ -1,0 +1,95 @@
+"""How often loops run and branches are taken: as told, or measured by running the program with counters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..core.errors import ArgumentError, OptionError
+from ..core.graph import Graph
+from ..core.passes import evaluate
+from ..core.rules import Rules
+from ..core.scope_paths import Path, entered
+from ..while_loops.adjoint import call
+from ..while_loops.primitives import forward_p, loop_p, sweep_p, tangent_p
+
+
+class Told:
+    """What the user says of loops or branches: one answer for all, or by scope pattern, the first that matches."""
+
+    def __init__(self, name: str, answers: Any):
+        self.name, self.answers, self.used = name, answers, set[str]()
+
+    def __call__(self, eqn: Any, path: Path) -> Any:
+        """The answer for an equation; its primitive is the last name on its path."""
+        if not isinstance(self.answers, Mapping):
+            return self.answers
+        for pattern, answer in self.answers.items():
+            if entered(pattern, (*path, eqn.primitive.name)):
+                self.used.add(pattern)
+                return answer
+        return None
+
+    def check(self, found: Sequence[str]) -> None:
+        """Raise if a pattern was for nothing."""
+        unused = [p for p in self.answers if p not in self.used] if isinstance(self.answers, Mapping) else []
+        if unused:
+            raise OptionError(
+                f"{self.name}= names {unused[0]!r}, where there is none.",
+                inputs=f"there are {', '.join(dict.fromkeys(found)) or 'none'}",
+                hint=f"a pattern names scopes and ends in the primitive, as in {self.name}={{'solver/while': ...}}",
+            )
+
+
+def measured(graph: Graph, args: tuple, kwargs: dict) -> Callable[[Any, Path], float | None]:
+    """Run a graph, and count the trips of its loops: the mean over the runs of each."""
+    counts: dict[int, list[int]] = defaultdict(list)
+    record = lambda key, n: counts[key].append(int(n))
+
+    def counted(key: int, cond: Callable, body: Callable, x: Sequence[Any]) -> list[Any]:
+        """The last x of a loop. Lanes of a batch that have finished stay as they are, as in JAX's own."""
+
+        def step(state):
+            n, goes, x = state
+            lift = lambda y: jnp.reshape(goes, (*goes.shape, *[1] * (y.ndim - goes.ndim)))
+            x = [jnp.where(lift(new), new, old) if goes.shape else new for new, old in zip(body(x), x, strict=True)]
+            return n + 1, cond(x), x
+
+        n, _, x = lax.while_loop(lambda state: jnp.any(state[1]), step, (jnp.int32(0), cond(list(x)), list(x)))
+        jax.debug.callback(partial(record, key), n)
+        return x
+
+    def loop(eqn, *values):
+        p = eqn.params
+        n, m = p["cond_nconsts"], p["body_nconsts"]
+        cond = lambda x: evaluate(p["cond_jaxpr"], rules, [*values[:n], *x])[0]
+        body = lambda x: evaluate(p["body_jaxpr"], rules, [*values[n : n + m], *x])
+        return counted(_key(eqn), cond, body, values[n + m :])
+
+    def sweep(eqn, *values):
+        inner = eqn.params["sweep"]
+        c, x = values[: inner.sizes[0]], values[inner.sizes[0] : sum(inner.sizes[:2])]
+        counted(_key(eqn), lambda x: call(inner.cond, c, x)[0], lambda x: call(inner.step, c, x), x)
+        return eqn.primitive.bind(*values, **eqn.params)
+
+    table = {lax.while_p: loop, loop_p: loop, forward_p: sweep, sweep_p: sweep, tangent_p: sweep}
+    rules = Rules("cost", table)
+    leaves = graph.leaves(*args, **kwargs)
+    for path, x in zip(graph.paths, leaves, strict=True):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            what = f'trips="measured" runs {graph.name}, and got no values for {path}.'
+            raise ArgumentError(what, hint="pass arrays, or trips= as a number")
+    jax.block_until_ready(jax.jit(lambda *leaves: evaluate(graph.jaxpr, rules, leaves))(*leaves))
+    jax.effects_barrier()
+    means = {key: sum(ns) / len(ns) for key, ns in counts.items()}
+    return lambda eqn, path: means.get(_key(eqn))
+
+
+def _key(eqn: Any) -> int:
+    return id(eqn.params.get("sweep") or getattr(eqn.params["body_jaxpr"], "jaxpr", None))

@@ -1,0 +1,297 @@
+"""From an element that is not finite back to what first made it so.
+
+A program runs as it is, and each of its equations whose results are not all finite is noted with its operands (`Level`). From
+an element of a result `walk` then goes back, element by element: to the operand's elements that are not finite either, until
+there are none, or an argument or a constant is reached. An equation that has sub-graphs is entered only there: its sub-graph
+runs again, equation by equation, on the operands that it had. Of a loop one iteration does, the one that made the element.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..core import _jax, subjaxprs
+from ..core.passes import Bound, Watch, run, under
+from ..core.scope_paths import Path, joined
+from ..while_loops.unrolling import unrolled
+from .dependencies import Element, is_inexact, reads
+from .iterations import Iterations
+
+# Primitives that run their one sub-graph once, with their own operands.
+CALLS = subjaxprs.INLINED | subjaxprs.WITH_DERIVATIVES
+CALLS |= {"jit", "remat2", "closed_call", "call", "eval_jaxpr", "compute_on"}
+
+
+class Note(NamedTuple):
+    """An equation with results that are not finite, and where it ran."""
+
+    eqn: Any
+    values: Sequence[Any]
+    outputs: Sequence[Any]
+    level: Level
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """An element that an equation made: the one at `index` of its k-th result."""
+
+    note: Note
+    k: int
+    index: tuple[int, ...]
+
+    @property
+    def value(self) -> Any:
+        """The array that it lies in."""
+        return self.note.outputs[self.k]
+
+    def reads(self) -> list[tuple[Any, Any]]:
+        """The operands that it was computed from, and what of each."""
+        eqn, values = self.note.eqn, self.note.values
+        read = reads(Element(eqn, values, self.k, np.shape(self.value), self.index))
+        is_read = lambda x, part: part is not None and _jax.is_array(jax.typeof(x))
+        return [(x, part) for x, part in zip(values, read, strict=True) if is_read(x, part)]
+
+
+@dataclass(frozen=True, eq=False)
+class Spot:
+    """An element of a value that is not finite, on the way back from a result.
+
+    Attributes:
+      reader: what read it. nan: what made NaN of infinities on the way, if something did.
+    """
+
+    level: Level
+    value: Any
+    index: tuple[int, ...]
+    reader: Made | None = None
+    nan: Made | None = None
+
+
+_numbers = itertools.count()
+
+
+class Level:
+    """One run of a function, or of a sub-graph.
+
+    Attributes:
+      number: no other has it, also after this one is gone.
+      around: the note of the equation that it is the sub-graph of.
+      path: the scopes around it. iterations: those of the loops around it. loop: what a scan in it is called.
+      noted: by the identity of a value, the equation that made it, and which of its results that is.
+      entered: by the identity of a note, what its sub-graph did.
+    """
+
+    def __init__(
+        self, around: Note | None = None, iterations: tuple[tuple[str, int], ...] = (), loop: str | None = None
+    ):
+        self.number = next(_numbers)
+        self.around, self.iterations, self.loop = around, iterations, loop
+        self.path: Path = around.level.path_of(around.eqn) if around else ()
+        self.base = 0 if around else len(_jax.name_stack())
+        self.equations: list[Any] = []
+        self.noted: dict[int, tuple[Note, int]] = {}
+        self.entered: dict[int, Any] = {}
+        self.inputs: list[Any] = []
+        self.outside: Callable[[int, tuple[int, ...]], Spot] | None = None
+
+    def path_of(self, eqn: Any) -> Path:
+        """The scopes that an equation of this level lies in."""
+        return joined(self.path, _jax.scopes(_jax.name_stack(eqn)[self.base :]))
+
+    def apply(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of an equation, which is bound here."""
+        params = eqn.params
+        if any(params.get("donated_invars", ())):  # operands may be needed again
+            params = {**params, "donated_invars": (False,) * len(values)}
+        return self.note(eqn, values, _jax.bind(eqn.primitive, params, values))
+
+    def note(self, eqn: Any, values: Sequence[Any], outputs: Any) -> Any:
+        """The outputs of an equation, as they are, once it is noted if they are not finite."""
+        if self.around and subjaxprs.is_inlined(self.around.eqn):
+            eqn = called_from(eqn, self.around.eqn)
+        self.equations.append(eqn)
+        if not all(map(is_finite, outputs)):
+            note = Note(eqn, values, list(outputs), self)
+            given = set(map(id, values))
+            self.noted.update((id(x), (note, k)) for k, x in enumerate(outputs) if id(x) not in given)
+        return outputs
+
+    def ran(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of a sub-graph for these values of its inputs."""
+        self.inputs = list(values)
+        return run(jaxpr.jaxpr, [*jaxpr.consts, *values], self.apply)
+
+    def entry(self, value: Any, index: tuple[int, ...]) -> Spot | None:
+        """Where an input of this level comes from; None for what is closed over or a literal, and at the outermost level."""
+        place = next((k for k, x in enumerate(self.inputs) if x is value), None)
+        return self.outside(place, index) if self.outside and place is not None else None
+
+
+def called_from(eqn: Any, call: Any) -> Any:
+    """An equation of what JAX inlines, with the line of the call: its own knows who called that function first."""
+    return eqn.replace(source_info=eqn.source_info.replace(traceback=call.source_info.traceback))
+
+
+def watched(f: Callable, level: Level) -> Callable:
+    """`f`, with each equation that it binds at this level."""
+    return under(lambda parent: Noting(parent, level), f)
+
+
+class Noting(Watch):
+    """The trace that a function runs under."""
+
+    __slots__ = ("level",)
+
+    def __init__(self, parent: _jax.Trace, level: Level):
+        super().__init__(parent)
+        self.level = level
+
+    def bind(self, primitive, params, values):
+        """As the level does."""
+        return self.level.apply(Bound(primitive, params, _jax.current_source()), values)
+
+    def call(self, process, primitive, functions, values, options):
+        """A function with derivative rules is what it computes; a `shard_map` is one equation."""
+        if primitive.name in subjaxprs.WITH_DERIVATIVES:
+            with _jax.set_current_trace(self):
+                return _jax.called(functions[0], values)
+        eqn = Bound(primitive, options, _jax.current_source())
+        with _jax.set_current_trace(self.parent):
+            return self.level.note(eqn, values, process(self.parent, functions, values))
+
+
+# ------------------------------------------------------------------------------------------------ the way back
+
+
+def walk(start: Spot) -> tuple[Spot, Made | None]:
+    """Where the way back ends: at an element that an equation made of finite ones, else at one of an argument or a constant."""
+    todo, seen, ends = [start], set(), []
+    while todo:
+        spot = todo.pop()
+        key = spot.level.number, id(spot.value), spot.index
+        if key in seen:
+            continue
+        seen.add(key)
+        note, k = spot.level.noted.get(id(spot.value), (None, 0))
+        if note is None:
+            outer = spot.level.entry(spot.value, spot.index)
+            if outer is None:
+                ends.append(spot)
+                if np.isnan(at(spot.value, spot.index)):  # nobody means that
+                    return spot, None
+            else:
+                todo.append(replace(outer, reader=spot.reader, nan=spot.nan))
+            continue
+        inner = entered(note, k, spot.index)
+        if inner is not None and not np.isfinite(at(inner.value, inner.index)):
+            todo.append(replace(inner, reader=spot.reader, nan=spot.nan))
+            continue
+        here = Made(note, k, spot.index)
+        bad = [(x, index) for x, part in here.reads() if (index := first_bad(x, part)) is not None]
+        if not bad:
+            return spot, here
+        nans = [(x, index) for x, index in bad if np.isnan(at(x, index))]
+        nan = spot.nan or (here if np.isnan(at(spot.value, spot.index)) and not nans else None)
+        todo += [Spot(note.level, x, index, here, nan) for x, index in reversed(nans or bad)]
+    return ends[0], None
+
+
+def entered(note: Note, k: int, index: tuple[int, ...]) -> Spot | None:
+    """The element of a result where a sub-graph computes it; None for an operation, and what cannot be entered."""
+    eqn, values = note.eqn, note.values
+    name, bodies = eqn.primitive.name, [body.jaxpr for body in subjaxprs.bodies(eqn)]
+    if name in CALLS and bodies:
+        return _inside(note, bodies[0], values, k, index)
+    if name == "cond":
+        return _inside(note, bodies[min(max(int(values[0]), 0), len(bodies) - 1)], values[1:], k, index)
+    if name in subjaxprs.SWEEPS:
+        return _inside(note, unrolled(eqn, values), values, k, index, "while")
+    if name == "scan" or name in subjaxprs.LOOPS:
+        return _in_loop(note, k, index)
+    return None
+
+
+def _inside(
+    note: Note, jaxpr: Any, values: Sequence[Any], k: int, index: tuple[int, ...], loop: str | None = None
+) -> Spot | None:
+    """The element in the one run of a sub-graph."""
+    outer = note.level
+    if id(note) not in outer.entered:
+        level = Level(note, outer.iterations, loop or outer.loop)
+        outer.entered[id(note)] = level, level.ran(jaxpr, values)
+        level.outside = lambda i, index: Spot(outer, values[i], index)
+    level, outputs = outer.entered[id(note)]
+    return Spot(level, outputs[k], index) if k < len(outputs) else None
+
+
+def _in_loop(note: Note, k: int, index: tuple[int, ...]) -> Spot:
+    """The element in the iteration of a loop that made it, or before the loop, where it came in with a state."""
+    if id(note) not in note.level.entered:
+        note.level.entered[id(note)] = Iterations(note.eqn, note.values)
+    loop = note.level.entered[id(note)]
+    outer, label = note.level, note.level.loop or note.eqn.primitive.name.replace("loop", "while")
+
+    def of_state(j, index, stop):
+        """The element of the j-th state before iteration `stop`."""
+        since = loop.since(j, index, stop)
+        return Spot(outer, loop.states[j], index) if since < 0 else at_step(since, j, index)
+
+    def at_step(step, k, index):
+        level = Level(note, (*outer.iterations, (label, loop.position(step))))
+        inputs = loop.inputs(step)
+        outputs = level.ran(loop.body, inputs)
+
+        def outside(i, index):
+            i -= len(loop.consts)
+            if i < 0:
+                return Spot(outer, loop.consts[i], index)
+            if i < len(loop.states):
+                return of_state(i, index, step)
+            return Spot(outer, loop.slices[i - len(loop.states)], (loop.position(step), *index))
+
+        level.outside = outside
+        return Spot(level, outputs[k], index)
+
+    if k < len(loop.states):
+        return of_state(k, index, loop.length)
+    return at_step(loop.position(index[0]), k, index[1:])
+
+
+# ------------------------------------------------------------------------------------------------ elements
+
+
+def is_finite(value: Any) -> bool:
+    """Whether all elements are finite; integers, keys and references are."""
+    if not is_inexact(value) or not np.size(value):
+        return True
+    if isinstance(value, jax.Array) and any(device.platform != "cpu" for device in value.devices()):
+        return bool(_all_finite(value))
+    return bool(np.isfinite(np.asarray(value)).all())
+
+
+_all_finite = jax.jit(lambda x: jax.numpy.isfinite(x).all())
+
+
+def at(value: Any, index: Any) -> Any:
+    """A part of a value, as NumPy has it."""
+    return np.asarray(value)[index]
+
+
+def first_bad(value: Any, part: Any = (Ellipsis,)) -> tuple[int, ...] | None:
+    """The index of the first NaN in a part of a value, or else of the first infinity; None where all is finite."""
+    if not is_inexact(value):
+        return None
+    value = np.asarray(value)
+    inside = np.zeros(value.shape, bool)
+    inside[part] = True
+    for is_bad in (np.isnan, np.isinf):
+        places = np.argwhere(inside & is_bad(value))
+        if len(places):
+            return tuple(map(int, places[0]))
+    return None

@@ -1,0 +1,136 @@
+"""What equations do not tell of themselves: lanes, and lines of derivative rules. Seen while the function is traced once more.
+
+An equation under `vmap` has axes of lanes among its others, and nothing says which. What the backward rule of a `jax.custom_vjp`
+function computes has the line where that function is called. Both are known to JAX only while it traces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.tree_util import tree_flatten, tree_unflatten
+
+from ..core import _jax
+from ..core.passes import Bound
+from .backtracking import Made, Note
+
+
+def told_by_tracing(
+    f: Callable, args: tuple, kwargs: dict, made: Made, line: str | None, is_backward: bool
+) -> dict[str, Any]:
+    """The lanes of an element, and the line of the rule that made it, as far as they are told: "lanes" and "line".
+
+    Args:
+      f, args, kwargs: the call. It is traced with its arrays unknown, and nothing is told where it needs their values.
+      line: what the element's equation has as its line. is_backward: whether a derivative rule may have made it.
+    """
+    is_mapped = any(getattr(s, "name", None) == "vmap" for eqn in _around(made) for s in _jax.name_stack(eqn))
+    if line is None or not (is_mapped or is_backward):
+        return {}
+    found: list[Seen] = []
+    note = lambda seen: found.append(seen) if (seen.shape, seen.line) == (np.shape(made.value), line) else None
+    leaves, tree = tree_flatten((args, kwargs))
+    arrays = [k for k, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)]
+
+    def of_arrays(*values):
+        given = dict(zip(arrays, values, strict=True))
+        args, kwargs = tree_unflatten(tree, [given.get(k, x) for k, x in enumerate(leaves)])
+        return f(*args, **kwargs)
+
+    try:
+        with seeing(note):
+            jax.make_jaxpr(of_arrays)(*(leaves[k] for k in arrays))
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+        return {}
+    same = [seen for seen in found if seen.primitive is made.note.eqn.primitive]
+    axes = {seen.axes for seen in same or found if seen.axes is not None}
+    axes -= {a[:k] for a in axes for k in range(len(a))}  # of an outer vmap alone
+    lines = {seen.rule_line for seen in same if seen.rule_line}
+    told = {"lanes": tuple(made.index[k] for k in next(iter(axes)))} if is_mapped and len(axes) == 1 else {}
+    return told | ({"line": next(iter(lines))} if is_backward and len(lines) == 1 else {})
+
+
+def _around(made: Made) -> Iterator[Any]:
+    """The equation that made an element, and those whose sub-graphs it lies in."""
+    note: Note | None = made.note
+    while note:
+        yield note.eqn
+        note = note.level.around
+
+
+# ------------------------------------------------------------------------------------------------ watching JAX trace
+
+
+class Seen(NamedTuple):
+    """A value while its equation is traced.
+
+    Attributes:
+      shape: of it, lanes among it. axes: those of lanes, of the outermost `vmap` first; None where that is not known.
+      line: what its equation has as its line. rule_line: that of the user's derivative rule that runs, if one does.
+    """
+
+    primitive: Any
+    shape: tuple[int, ...]
+    axes: tuple[int, ...] | None
+    line: str | None
+    rule_line: str | None
+
+
+@contextlib.contextmanager
+def seeing(note: Callable[[Seen], Any]) -> Iterator[None]:
+    """Call `note` for each value that is traced, and trace anew what JAX has traced before."""
+    kinds: tuple[Any, Any] = _jax.BatchTrace, _jax.StagingTrace
+    originals = [kind.process_primitive for kind in kinds]
+
+    def batched(self, primitive, values, params, /):
+        outputs = originals[0](self, primitive, values, params)
+        for x in outputs if primitive.multiple_results else [outputs]:
+            note(Seen(primitive, *_batched_shape(x), _line_noted(), None))
+        return outputs
+
+    def staged(self, primitive, values, params, /):
+        outputs = originals[1](self, primitive, values, params)
+        if line := _rule_line():
+            for x in outputs if primitive.multiple_results else [outputs]:
+                note(Seen(primitive, np.shape(x), None, _line_noted(), line))
+        return outputs
+
+    try:
+        for kind, method in zip(kinds, (batched, staged), strict=True):
+            kind.process_primitive = method
+        with jax.make_user_context()(object()):  # no cache of JAX's has an entry for it
+            yield
+    finally:
+        for kind, method in zip(kinds, originals, strict=True):
+            kind.process_primitive = method
+
+
+def _batched_shape(x: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of a value with its lanes, and which axes these are."""
+    if not isinstance(x, _jax.BatchTracer):
+        return np.shape(x), ()
+    shape, axes = _batched_shape(x.val)
+    axis: Any = x.batch_dim
+    return shape, (*axes, [k for k in range(len(shape)) if k not in axes][axis])
+
+
+def _line_noted() -> str | None:
+    """The line that an equation has that is made now."""
+    return _jax.line_of(Bound(None, {}, _jax.current_source()))
+
+
+def _rule_line() -> str | None:
+    """The user's line that runs while JAX goes back through a program; None if no rule of the user's does."""
+    line = None
+    for frame, number in traceback.walk_stack(None):
+        code = frame.f_code
+        if code.co_name.startswith("backward_pass") and not _jax.is_user_file(code.co_filename):
+            return line
+        if line is None and _jax.is_user_file(code.co_filename):
+            line = f"{code.co_filename}:{number} ({code.co_qualname})"
+    return None

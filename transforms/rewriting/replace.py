@@ -1,0 +1,374 @@
+"""`replace`: rewrite a graph by example. Pattern and replacement are ordinary functions of the same parameters.
+
+Three steps, each a section of this page:
+
+- **Forms.** What a pattern traces to depends on the types of its arguments. It is traced for types of the graph's values, those
+  that lead to operations the graph has; each is a form of the pattern.
+- **Plans.** Each form is matched against each equation of a level, which is a graph or a sub-graph with small jits looked
+  through. The plan of a level says which matches are replaced and what nobody needs then.
+- **The new graph** is the old one evaluated again as the plans say, with JAX tracing it.
+
+Source: patterns as traced functions are an idea of torch.fx (`replace_pattern`); see `matching` for the algorithm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jax.tree_util import tree_flatten
+
+from ..core import _jax, manual_axes, subjaxprs
+from ..core.errors import ArgumentError, GraphError, location
+from ..core.graph import Graph
+from ..core.passes import Bound, Watch, apply, of_width, retraced
+from ..core.rules import Rules
+from ..core.signatures import name_of
+from .matching import Form, Keys, Level, Match, Node, Plan, Planner, Value, View, is_folded, type_of, where
+
+_NOTHING = Rules("replace")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Replaced(Graph):
+    """The graph that `replace` made, and what it replaced.
+
+    Attributes:
+      count: the number of matches, each counted wherever it stands in the graph, as `walk` goes.
+      at: the user's lines, with scopes, where matches stood, in program order; each line once.
+    """
+
+    count: int = 0
+    at: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, {self.count} replaced)"
+
+
+def replace(graph: Graph, pattern: Callable, replacement: Callable) -> Replaced:
+    """Replace what computes the same as a pattern, at any depth of sub-graphs.
+
+    A match is what the pattern computes, of any values in the place of its parameters, with the operands of commutative
+    operations in either order, whatever is computed twice or once, and however `jax.jit` wraps it. The replacement
+    computes its outputs instead; what else the graph needs of it stays. In program order each output is replaced once;
+    matches inside a sub-graph go first. What the replacement computes is not searched again.
+
+    Args:
+      graph: the graph.
+      pattern: pure function of arrays; each parameter without a default is a free variable. It is traced many times, with
+        types found in the graph; where it raises an exception, these types do not match (`assert x.ndim == 2`). A value that
+        it computes and does not use has to be in the graph too.
+      replacement: function of as many arrays that returns what the pattern returns, of the same shapes and dtypes.
+    Returns:
+      The graph of the same inputs and outputs, with the number of matches as `count`; the same program where there are none.
+    Raises:
+      ArgumentError: `graph` is no Graph, or the two functions do not take the same parameters. Also a TypeError.
+      GraphError: the pattern computes nothing, has effects or leaves a parameter unused; or the replacement returns other
+        types than a match has. Also a ValueError.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from funcgrad.transforms import trace
+    >>> naive = lambda x: jnp.log(jax.nn.softmax(x))
+    >>> graph = trace(naive, jnp.array([0.0, 200.0]))
+    >>> stable = replace(graph, naive, jax.nn.log_softmax)
+    >>> print(stable.count, graph(jnp.array([0.0, 200.0])), stable(jnp.array([0.0, 200.0])))
+    1 [-inf   0.] [-200.    0.]
+    """
+    names = _parameters(graph, pattern, replacement)
+    keys = Keys()
+    planner = Planner(keys, _forms(graph, pattern, names, keys))
+    plan = planner.plan(graph.jaxpr, [None] * len(graph.in_avals))
+    fields = {f.name: getattr(graph, f.name) for f in dataclasses.fields(Graph)}
+    if plan.count:
+        run = _Run(replacement, names)
+        flat = lambda *values: run(plan, [*graph.jaxpr.consts, *values])
+        fields["jaxpr"] = _jax.stage_flat(flat, graph.in_avals, _jax.without_results(graph.jaxpr.jaxpr))
+    at = tuple(f"{line} in {scopes}" if scopes else line for line, scopes in plan.at)
+    return Replaced(**fields, count=plan.count, at=at)
+
+
+def _parameters(graph: Any, pattern: Any, replacement: Any) -> list[str]:
+    """The names of the free variables, if the arguments of `replace` are what they must be."""
+    if not isinstance(graph, Graph):
+        hint = "fg.trace(f, *args) makes one"
+        raise ArgumentError(f"replace takes a Graph, and got {type(graph).__name__}.", hint=hint)
+    for role, f in (("pattern", pattern), ("replacement", replacement)):
+        if not callable(f):
+            raise ArgumentError(f"replace takes the {role} as a function, and got {type(f).__name__}.")
+    free = [p for p in inspect.signature(pattern).parameters.values() if p.default is p.empty]
+    for p in free:
+        if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
+            raise ArgumentError(
+                f"the pattern {name_of(pattern)} takes {p}, and free variables are positional parameters.",
+                at=location(pattern),
+                hint="name each: lambda x, y: ...",
+            )
+    names, signature = [p.name for p in free], inspect.signature(replacement)
+    try:
+        given = list(signature.bind(*names).arguments)
+    except TypeError:
+        given = []
+    if (names and not given) or (given != names and set(given) == set(names)):
+        raise ArgumentError(
+            f"the pattern {name_of(pattern)} takes ({', '.join(names)}), "
+            f"and the replacement {name_of(replacement)} takes {signature}.",
+            at=location(replacement),
+            hint="give both the same positional parameters, in the same order",
+        )
+    return names
+
+
+# ------------------------------------------------------------------------------------------------ forms
+
+
+class _Needed(BaseException):
+    """The pattern asks for the type of parameter `k`, which has none yet. No pattern catches it."""
+
+    def __init__(self, k: int):
+        self.k = k
+
+
+class _Unknown(jax.core.Tracer):
+    """A value of unknown type: asking for the type raises `question`."""
+
+    __slots__ = ("question",)
+    aval = property(lambda self: self._raise())  # type: ignore[assignment]
+
+    def __init__(self, question: BaseException):
+        self.question = question
+
+    def _raise(self):
+        raise self.question
+
+
+class _Absent(BaseException):
+    """The pattern computes what the graph does not."""
+
+
+class _Watching(Watch):
+    """The trace that a pattern runs under: `check` sees each operation before it is bound."""
+
+    __slots__ = ("check",)
+
+    def __init__(self, parent: Any, check: Callable):
+        super().__init__(parent)
+        self.check = check
+
+    def process_primitive(self, primitive, values, params, /):
+        avals = tuple(map(jax.typeof, values))
+        self.check(primitive, params, avals)
+        return primitive.bind_with_trace(self.parent, values, avals, params)
+
+
+def _forms(graph: Graph, pattern: Callable, names: list[str], keys: Keys) -> list[Form]:
+    """The pattern for all choices of types that lead to operations of the graph.
+
+    A parameter is given a type when the pattern first asks for it, so most choices fail before others are made.
+    """
+    types, check = _vocabulary(graph, pattern, keys)
+    forms, slip = [], None
+    todo: list[dict[int, Any]] = [{}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what JAX thinks of types that nobody chose
+        while todo:
+            chosen: dict[int, Any] = todo.pop()
+            try:
+                forms.append(_form(graph, pattern, names, keys, chosen, check))
+            except _Needed as e:
+                todo += [{**chosen, e.k: t} for t in reversed(types)]
+            except _Absent:
+                pass
+            except GraphError:  # unless it is right for other types: a reshape, say, may be none for these
+                others = {k: t.update(shape=tuple(2 * d + 1 for d in t.shape) or (3,)) for k, t in chosen.items()}
+                try:
+                    _form(graph, pattern, names, keys, others, lambda *_: None)
+                except GraphError:
+                    raise
+                except (Exception, _Needed):
+                    pass
+            except (NameError, ImportError, AttributeError) as e:  # a slip of the pen, unless it asks this of a value
+                slip = slip or (None if isinstance(getattr(e, "obj", None), jax.core.Tracer) else e)
+            except Exception:  # the pattern is not of these types
+                pass
+    if slip is not None and not forms:
+        raise slip
+    return forms
+
+
+def _vocabulary(graph: Graph, pattern: Callable, keys: Keys) -> tuple[list[Any], Callable]:
+    """The types of the graph's operands, and a check that it has an operation on operands of given types."""
+    types: dict[tuple, None] = {}
+    operations: set[int] = set()
+    seen: set[int] = set()
+
+    def operation(eqn, avals):
+        return keys.operation(eqn.primitive, {} if subjaxprs.bodies(eqn) else eqn.params, avals)
+
+    def collect(jaxpr):
+        seen.add(id(jaxpr.jaxpr))
+        for eqn in jaxpr.jaxpr.eqns:
+            avals = [v.aval for v in eqn.invars]
+            operations.add(operation(eqn, avals))
+            types.update(dict.fromkeys(type_of(a) for a in avals if isinstance(a, jax.core.ShapedArray)))
+            for body in subjaxprs.bodies(eqn):
+                if id(body.jaxpr.jaxpr) not in seen:
+                    collect(body.jaxpr)
+
+    def check(primitive, params, avals):
+        eqn = Bound(primitive, params, None)
+        if subjaxprs.is_plain(eqn):
+            for inner in params["jaxpr"].jaxpr.eqns:
+                check(inner.primitive, inner.params, [v.aval for v in inner.invars])
+        elif not (avals and is_folded(primitive, params, avals[0])) and operation(eqn, avals) not in operations:
+            if primitive.abstract_eval(*avals, **params)[1]:
+                raise _wrong(pattern, "has effects", "match what is computed: no prints, callbacks or references")
+            raise _Absent
+
+    collect(graph.jaxpr)
+    return [jax.core.ShapedArray(shape, dtype, weak_type=weak) for shape, dtype, weak in types], check
+
+
+def _form(graph: Graph, pattern: Callable, names: list[str], keys: Keys, chosen: dict, check: Callable) -> Form:
+    order, trees = sorted(chosen), []
+
+    def flat(*values):
+        known = dict(zip(order, values, strict=True))
+        args = [known[k] if k in known else _Unknown(_Needed(k)) for k in range(len(names))]
+        with _jax.take_current_trace() as parent, _jax.set_current_trace(_Watching(parent, check)):
+            leaves, tree = tree_flatten(pattern(*args))
+        trees.append(tree)
+        return leaves
+
+    jaxpr = _jax.stage_flat(flat, [chosen[k] for k in order], _jax.unnamed(graph.jaxpr.jaxpr))
+    if jaxpr.jaxpr.effects:
+        raise _wrong(pattern, "has effects", "match what is computed: no prints, callbacks or references")
+    view = View(keys, jaxpr, [None] * len(order), lambda eqn, _: None if subjaxprs.is_plain(eqn) else [])
+    if not view.level.outputs or not all(v.node for v in view.level.outputs):
+        hint = "return what operations on the parameters give, and nothing else"
+        raise _wrong(pattern, "returns a value that it does not compute", hint)
+    reached: set[Value] = set()
+    front = list(view.level.outputs)
+    while front:
+        value = front.pop()
+        if value not in reached:
+            reached.add(value)
+            front += value.node.inputs if value.node else []
+    inputs = [view.level.values[v] for v in jaxpr.jaxpr.invars]
+    unused = [name for k, name in enumerate(names) if k not in chosen or inputs[order.index(k)] not in reached]
+    if unused:
+        hint = "a match says what each parameter is: use it, or leave it out of both functions"
+        raise _wrong(pattern, f"does not use {', '.join(unused)}", hint)
+    return Form(view, inputs, len(reached), trees[-1], name_of(pattern))
+
+
+def _wrong(pattern: Callable, what: str, hint: str) -> GraphError:
+    return GraphError(f"the pattern {name_of(pattern)} {what}.", at=location(pattern), hint=hint)
+
+
+# ------------------------------------------------------------------------------------------------ the new graph
+
+
+class _Instead(Watch):
+    """Binds an equation with another function in the place of its body; its derivative rules and specs stay."""
+
+    __slots__ = ("f",)
+
+    def __init__(self, parent: Any, f: Callable):
+        super().__init__(parent)
+        self.f = f
+
+    def call(self, process, primitive, functions, values, options):
+        fun, *rules = functions
+        finished = lambda finish: lambda *values: finish(*self.f(*values))  # a shard_map's own function returns more
+        other = _jax.transformed(fun, lambda g: self.f if rules else finished(g))
+        return process(self.parent, [other, *rules], values)
+
+
+class _Run(NamedTuple):
+    """Evaluates a graph under the current trace as its plan says."""
+
+    replacement: Callable
+    parameters: list[str]
+
+    def __call__(self, plan: Plan, values: Sequence[Any]) -> list[Any]:
+        return self._level(plan, plan.view.level, values, {})
+
+    def _level(self, plan: Plan, level: Level, values: Sequence[Any], found: dict[Value, Any]) -> list[Any]:
+        env: dict[Any, Any] = {}
+        read = lambda v: v.val if isinstance(v, _jax.Literal) else env.get(v)  # None where nobody needs it any more
+
+        def write(variables, values):
+            for v, x in zip(variables, values, strict=True):
+                env[v] = x
+                if x is not None:
+                    found.setdefault(level.values[v], x)
+
+        write([*level.jaxpr.constvars, *level.jaxpr.invars], values)
+        for item in level.items:
+            with _jax.context_of(item.eqn), of_width(v.aval for v in (*item.eqn.invars, *item.eqn.outvars)):
+                write(item.eqn.outvars, self._outputs(plan, item, list(map(read, item.eqn.invars)), found))
+        return list(map(read, level.jaxpr.outvars))
+
+    def _outputs(self, plan: Plan, item: Node | Level, values: list[Any], found: dict[Value, Any]) -> list[Any]:
+        if isinstance(item, Level):
+            if item in plan.opened:
+                return self._level(plan, item, [*subjaxprs.bodies(item.eqn)[0].jaxpr.consts, *values], found)
+            return apply(_NOTHING, item.eqn, values)
+        if item in plan.matches:
+            match = plan.matches[item]
+            found.update(zip(match.outputs, self._replaced(match, item.eqn, found), strict=True))
+        outputs = [None] * len(item.outputs) if item in plan.gone else self._bound(item, values)
+        return [found[v] if plan.is_new(item, v) else x for v, x in zip(item.outputs, outputs, strict=True)]
+
+    def _bound(self, node: Node, values: list[Any]) -> list[Any]:
+        """The outputs of an equation that stays, with its sub-graphs as their plans say."""
+        eqn, plans, bodies = node.eqn, node.plans, subjaxprs.bodies(node.eqn)
+        if not any(plan.count for plan in plans):
+            return apply(_NOTHING, eqn, values)
+        if eqn.primitive.name in subjaxprs.FUNCTIONAL | subjaxprs.INLINED:
+            f = lambda *values: self(plans[0], [*bodies[0].jaxpr.consts, *values])
+            if eqn.primitive.name in subjaxprs.INLINED:
+                return f(*values)
+            params = subjaxprs.emptied(eqn.params) if eqn.primitive.name == "shard_map" else eqn.params
+            with _jax.take_current_trace() as parent, _jax.set_current_trace(_Instead(parent, f)):
+                return _jax.bind(eqn.primitive, params, values)
+        new = [self._staged(body.jaxpr, plan) for body, plan in zip(bodies, plans, strict=True)]
+        return subjaxprs.rebind(eqn.primitive, eqn.params, values, new)
+
+    def _staged(self, jaxpr: Any, plan: Plan) -> subjaxprs.Opened:
+        """A sub-graph as its plan says; once, so that what is shared stays shared."""
+        if not plan.count:
+            return subjaxprs.opened(jaxpr)
+        inner, context = jaxpr.jaxpr, _jax.trace_context()
+        if context not in plan.staged:
+            plan.staged[context] = retraced(inner, lambda *values: self(plan, values))
+        opened = plan.staged[context]
+        return subjaxprs.Opened(opened.jaxpr, [*opened.consts, *jaxpr.consts])
+
+    def _replaced(self, match: Match, eqn: Any, found: dict[Value, Any]) -> list[Any]:
+        """What the replacement returns in the place of a match, of the types that the match has."""
+        args = [found[v] if v in found else _jax.staged(v.const) for v in match.inputs]
+        inputs = ", ".join(f"{n}: {v.aval.str_short()}" for n, v in zip(self.parameters, match.inputs, strict=True))
+        try:
+            outputs, tree = tree_flatten(self.replacement(*args))
+        except Exception as e:
+            e.add_note(f"fg.replace called {name_of(self.replacement)} for {where([eqn])} with {inputs}.")
+            raise
+        avals = [v.aval for v in match.outputs]
+        if tree == match.form.tree:
+            fitted = [_jax.fitted(x, aval) for x, aval in zip(outputs, avals, strict=True)]
+            if all(x is not None for x in fitted):
+                return [manual_axes.vary(x, manual_axes.axes_of(aval)) for x, aval in zip(fitted, avals, strict=True)]
+        short = lambda x: jax.typeof(x).str_short() if hasattr(x, "dtype") else type(x).__name__
+        raise GraphError(
+            f"the replacement {name_of(self.replacement)} returned {', '.join(map(short, outputs)) or 'nothing'} "
+            f"where the pattern {match.form.name} gives {', '.join(a.str_short() for a in avals)}.",
+            at=where([eqn]),
+            inputs=inputs,
+            hint="return what the pattern returns: the same tree, shapes and dtypes",
+        )
