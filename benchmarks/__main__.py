@@ -1,4 +1,4 @@
-"""Pick parts, run them, print their tables and what of them meets its target, and write all of it as JSON."""
+"""Run the selected parts, print their tables and targets, and write the results as JSON."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ PARTS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="funcgrad beside JAX.")
-    parser.add_argument("which", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all if none is named")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Compare funcgrad with JAX.")
+    parser.add_argument("which", nargs="*", metavar="part", help=f"one of {', '.join(PARTS)}; all parts by default")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
-    parser.add_argument("--quick", action="store_true", help="whether it runs, in seconds; the figures say little")
+    parser.add_argument("--quick", action="store_true", help="a fast test of the code; the figures are not meaningful")
     options = parser.parse_args()
     if unknown := {*options.which} - {*PARTS}:
         parser.error(f"no part is named {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Where this runs."""
+    """The versions and the hardware of this machine."""
     return {
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
