@@ -1,6 +1,6 @@
 """The only door to non-public JAX: `Trace`, staging, binding, and primitives of our own.
 
-Everything that JAX may move lies here. `tests/test_jax_contracts.py` pins what is used, per version.
+Everything private lies here. `tests/test_jax_contracts.py` pins what is used, per version.
 
 Since JAX 0.11 a `ClosedJaxpr` *is* a `Jaxpr`. Here a "closed" jaxpr is one with `.consts`; on 0.10 that is a `ClosedJaxpr`.
 """
@@ -72,7 +72,7 @@ trace_context = config.trace_context  # the configuration that a trace depends o
 
 
 def hide(folder: str) -> None:
-    """Leave the frames of this folder out of tracebacks and out of equations' source lines, as JAX does with its own."""
+    """Leave the frames of this folder out of tracebacks and source lines, as JAX does with its own."""
     prefix = os.path.join(os.path.abspath(folder), "")
     traceback_util.register_exclusion(prefix)
     source_info_util.register_exclusion(prefix)
@@ -80,8 +80,8 @@ def hide(folder: str) -> None:
 
 def source_lines(eqn: Any, frames: int = 1) -> list[tuple[str, int, str]]:
     """The user's frames that made `eqn`, innermost first, as (file, line, function)."""
-    found = itertools.islice(source_info_util.user_frames(eqn.source_info.traceback), frames)
-    return [(frame.file_name, frame.start_line, frame.function_name) for frame in found]
+    user_frames = itertools.islice(source_info_util.user_frames(eqn.source_info.traceback), frames)
+    return [(frame.file_name, frame.start_line, frame.function_name) for frame in user_frames]
 
 
 def line_of(eqn: Any) -> str | None:
@@ -90,7 +90,7 @@ def line_of(eqn: Any) -> str | None:
 
 
 def line_now() -> str | None:
-    """The user's line that runs, in the same form."""
+    """The user's line that runs now, in the same form."""
     running = ((frame.f_code, line) for frame, line in traceback.walk_stack(None))
     return next((f"{c.co_filename}:{n} ({c.co_qualname})" for c, n in running if is_user_file(c.co_filename)), None)
 
@@ -101,12 +101,12 @@ def scope_of(eqn: Any) -> str:
 
 
 def current_source() -> Any:
-    """Source information (traceback and name stack) of what is bound now."""
+    """Source information (traceback and name stack) of an equation that is bound now."""
     return source_info_util.current()
 
 
 def name_stack(eqn: Any = None) -> tuple[Any, ...]:
-    """The scopes and transforms around `eqn` within its own graph, or around what is bound now, from the outside in."""
+    """The scopes and transforms around `eqn` within its own jaxpr, or around an equation that is bound now, outermost first."""
     return (eqn.source_info.name_stack if eqn else source_info_util.current_name_stack()).stack
 
 
@@ -149,7 +149,7 @@ def close(jaxpr: Jaxpr, consts: Sequence[Any] = ()) -> ClosedJaxpr:
 
 
 def names_of(jaxpr: Jaxpr) -> Any:
-    """What a jaxpr's function and inputs, constants among them, are called in JAX's messages."""
+    """The names of a jaxpr's function and inputs, constants included, in JAX's messages."""
     names = jaxpr.debug_info
     if jaxpr.constvars and names.arg_names is not None:
         names = names._replace(arg_names=("",) * len(jaxpr.constvars) + tuple(names.arg_names))
@@ -157,19 +157,19 @@ def names_of(jaxpr: Jaxpr) -> Any:
 
 
 def unnamed(jaxpr: Jaxpr) -> Any:
-    """As `names_of`, for a graph that has no names for its inputs."""
+    """As `names_of`, without names for inputs."""
     return jaxpr.debug_info.with_unknown_names()
 
 
 def without_results(jaxpr: Jaxpr) -> Any:
-    """As `names_of` without constants, for a new graph of the same inputs: its results are named anew."""
+    """As `names_of`, for a new jaxpr of the same inputs without constants, whose results have new names."""
     return jaxpr.debug_info._replace(result_paths=None)
 
 
 def part_of(
     jaxpr: Jaxpr, invars: Sequence[Var], outvars: Sequence[Var], eqns: Sequence[JaxprEqn], consts: Sequence[Any] = ()
 ) -> ClosedJaxpr:
-    """Some equations of a jaxpr as a jaxpr of their own, with the values of its constant variables."""
+    """Some equations of a jaxpr as a separate jaxpr, with the values of its constant variables."""
     constvars = jaxpr.constvars if consts else []
     effects = pe.make_jaxpr_effects(constvars, invars, outvars, eqns)
     names = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
@@ -185,24 +185,24 @@ def check_jaxpr(jaxpr: ClosedJaxpr) -> None:
 def fitted(value: Any, aval: Any) -> Any:
     """`value` as an array of type `aval`; None if its shape or dtype differs, or it is no array at all."""
     try:
-        given = core.typeof(value)
+        value_aval = core.typeof(value)
     except TypeError:
         return None
     if not isinstance(aval, core.ShapedArray):
         return value
-    if (given.shape, given.dtype) != (aval.shape, aval.dtype):
+    if (value_aval.shape, value_aval.dtype) != (aval.shape, aval.dtype):
         return None
-    return value if given.weak_type == aval.weak_type and isinstance(value, Array) else cast(value, aval)
+    return value if value_aval.weak_type == aval.weak_type and isinstance(value, Array) else cast(value, aval)
 
 
-def are_repeatable(found: Any) -> bool:
-    """Whether what has these effects may be computed again: unordered debugging callbacks, and names of axes."""
+def are_repeatable(effects: Any) -> bool:
+    """Whether an equation with these effects may be recomputed: they are unordered debug callbacks or axis names."""
     kinds = debugging.DebugEffect, core.NamedAxisEffect
-    return all(isinstance(effect, kinds) for effect in found)
+    return all(isinstance(effect, kinds) for effect in effects)
 
 
 def is_ordered(effect: Any) -> bool:
-    """Whether what has this effect runs in the order of the program."""
+    """Whether equations with this effect run in program order."""
     return effects.ordered_effects.contains(effect)
 
 
@@ -212,12 +212,12 @@ def is_array(aval: Any) -> bool:
 
 
 def cast(value: Any, aval: Any) -> Any:
-    """`value` with the weak type of `aval`; shape and dtype are right already."""
+    """`value` with the weak type of `aval`, whose shape and dtype it has."""
     return _convert_element_type(value, aval.dtype, aval.weak_type)
 
 
 def dropped(var: Any) -> bool:
-    """Whether nothing reads this output variable."""
+    """Whether no equation reads this output variable."""
     return isinstance(var, core.DropVar)
 
 
@@ -225,7 +225,7 @@ def dropped(var: Any) -> bool:
 
 
 def sourced(source_info: Any) -> Any:
-    """A context with this source line, in these scopes within those around it."""
+    """A context with this source line and these scopes, inside the current ones."""
     scopes = source_info_util.current_name_stack() + source_info.name_stack
     return source_info_util.user_context(source_info.traceback, name_stack=scopes)
 
@@ -238,7 +238,7 @@ def context_of(eqn: JaxprEqn) -> Iterator[None]:
 
 
 def inlined(eqn: JaxprEqn) -> JaxprEqn:
-    """An equation of what JAX inlines, with the line of the call as in JAX. Its own knows who called that function first."""
+    """An equation of a call that JAX inlines, with the line of the call, as in JAX; its own line is that of the first caller."""
     return eqn.replace(source_info=eqn.source_info.replace(traceback=current_source().traceback))
 
 
@@ -249,7 +249,7 @@ def staged(value: Any) -> Any:
 
 
 def bind_inlined(jaxpr: ClosedJaxpr, name: str, values: Sequence[Any]) -> list[Any]:
-    """Call a jaxpr as a jitted function that JAX inlines where it stages: its derivatives are computed once and kept."""
+    """Call a jaxpr as a jitted function that JAX inlines when it stages: JAX caches its derivatives."""
     n, m, early = len(jaxpr.in_avals), len(jaxpr.out_avals), getattr(jax, "Inline", None)
     places: dict[str, Any] = dict(in_shardings=(UNSPECIFIED,) * n, out_shardings=(UNSPECIFIED,) * m)
     places.update(
@@ -290,7 +290,7 @@ def called(f: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def forget(f: Any) -> None:
-    """Make a sub-function that was called callable once more: what it noted of its outputs is forgotten."""
+    """Make a sub-function callable once more: clear the output trees that its last call stored."""
     for store in getattr(f, "stores", ()):
         if store is not None:
             store.reset()
@@ -300,7 +300,7 @@ def forget(f: Any) -> None:
 
 
 class Dispatch(NamedTuple):
-    """How a jitted function dispatches: its name, what runs where its C++ cache has no entry, its static arguments."""
+    """How a jitted function dispatches: its name, the function for cache misses, its static arguments."""
 
     name: str
     miss: Callable
@@ -309,13 +309,13 @@ class Dispatch(NamedTuple):
 
 
 def dispatch_of(jitted: Any) -> Dispatch:
-    """What stands behind the C++ cache of a jitted function."""
+    """The dispatch behind the C++ cache of a jitted function."""
     state = jitted.__getstate__()
     return Dispatch(state["function_name"], state["cache_miss"], state["static_argnums"], state["static_argnames"])
 
 
 def with_miss(jitted: Any, miss: Callable) -> Any:
-    """The same jitted function, C++ cache shared, that calls `miss(*args, **kwargs)` where the cache has no entry."""
+    """The same jitted function with the same C++ cache, which calls `miss(*args, **kwargs)` for a cache miss."""
     kind: Any = type(jitted)
     copy = kind.__new__(kind)
     copy.__setstate__({**jitted.__getstate__(), "cache_miss": miss})
@@ -324,24 +324,24 @@ def with_miss(jitted: Any, miss: Callable) -> Any:
 
 
 def cache_size(jitted: Any) -> int | None:
-    """How many entries the C++ cache has; one is made for a call before Python is asked."""
+    """The number of entries of the C++ cache; JAX adds the entry of a call before it calls Python."""
     return jitted and jitted._cache_size()
 
 
 def current_trace() -> Trace:
-    """The trace that is bound to now."""
+    """The current trace."""
     return core.trace_ctx.trace
 
 
 def is_eager(trace: Trace) -> bool:
-    """Whether what is bound under this trace is computed at once."""
+    """Whether this trace computes at once."""
     return isinstance(trace, core.EvalTrace)
 
 
 def look_through(kind: Any) -> None:
-    """From now on, who asks which trace is current is told of the one below those of this kind, which have no own values.
+    """Let `jax.extend.core.get_opaque_trace_state` return the trace below those of this kind, which have no tracers.
 
-    flax.nnx asks before it changes a variable, which must be in the trace that made it. JAX has no hook for this.
+    flax.nnx compares it before it changes a variable. JAX has no hook for this; other traces are reported as before.
     """
     import jax.extend.core as public
 
@@ -378,7 +378,7 @@ _OBSERVING = threading.RLock()
 
 
 def is_tracing() -> bool:
-    """Whether some transformation is running: what is called now becomes a part of it."""
+    """Whether a transformation traces now."""
     return not core.trace_state_clean()
 
 
@@ -394,7 +394,7 @@ def named_context(context: tuple) -> dict[str, str]:
 def primitive(
     name: str, impl: Callable, eager: Callable, types: Callable, jvp: Callable, batch: Callable, transpose: Callable
 ) -> Primitive:
-    """A primitive of funcgrad's own with several outputs, which lowers to what `impl` computes.
+    """A primitive of funcgrad with several outputs, which lowers to the operations of `impl`.
 
     Args:
       impl, eager: `impl(*values, **params) -> values`, and the same at once.
@@ -409,10 +409,10 @@ def primitive(
     new.def_effectful_abstract_eval(types)
 
     def with_zeros(primals, tangents, **params):
-        known = [None if type(t) is ad.Zero else t for t in tangents]
-        outputs, found = jvp(primals, known, **params)
+        nonzero = [None if type(t) is ad.Zero else t for t in tangents]
+        outputs, out_tangents = jvp(primals, nonzero, **params)
         zero = lambda x: ad.Zero(core.typeof(x).to_tangent_aval())
-        return outputs, [zero(x) if t is None else t for x, t in zip(outputs, found, strict=True)]
+        return outputs, [zero(x) if t is None else t for x, t in zip(outputs, out_tangents, strict=True)]
 
     def transposed(cotangents, *values, **params):
         cotangents = [None if type(c) is ad.Zero else c for c in cotangents]
@@ -426,7 +426,7 @@ def primitive(
 
 
 def split_by(rule: Callable, new: Primitive) -> None:
-    """Enter how a primitive of funcgrad's own is split where some of its inputs are not known yet, while JAX linearizes.
+    """Enter the partial evaluation rule of a primitive of funcgrad, which JAX needs to linearize.
 
     Args:
       rule: `rule(values, later, **params) -> outputs`, with None for a value that is not known, and `later(primitive, values,
@@ -437,9 +437,11 @@ def split_by(rule: Callable, new: Primitive) -> None:
         values = [t.pval.get_known() for t in map(trace.to_jaxpr_tracer, tracers)]
         if all(x is None for x in values) or not any(x is None for x in values):
             return trace.default_process_primitive(new, tracers, params)
-        unknown = iter([t for t, x in zip(tracers, values, strict=True) if x is None])
-        stage = lambda x: next(unknown) if x is None else trace.new_const(x)
-        later = lambda other, given, options: trace.default_process_primitive(other, list(map(stage, given)), options)
+        unknown_tracers = iter([t for t, x in zip(tracers, values, strict=True) if x is None])
+        stage = lambda x: next(unknown_tracers) if x is None else trace.new_const(x)
+        later = lambda primitive, values, options: trace.default_process_primitive(
+            primitive, list(map(stage, values)), options
+        )
         with core.set_current_trace(trace.parent_trace):
             return rule(values, later, **params)
 
@@ -449,12 +451,14 @@ def split_by(rule: Callable, new: Primitive) -> None:
 def batched(
     jaxpr: ClosedJaxpr, axis: Any, flags: Sequence[bool], forced: Sequence[bool] | bool
 ) -> tuple[ClosedJaxpr, list[bool]]:
-    """A jaxpr for inputs with a leading axis where flagged, and which outputs have one; they do where `forced`."""
-    new, found = batching.batch_jaxpr(jaxpr, axis, list(flags), forced if isinstance(forced, bool) else list(forced))
-    return new, list(found)
+    """A jaxpr for inputs with a leading axis where flagged, and flags for its outputs, which are True where `forced`."""
+    batched_jaxpr, out_flags = batching.batch_jaxpr(
+        jaxpr, axis, list(flags), forced if isinstance(forced, bool) else list(forced)
+    )
+    return batched_jaxpr, list(out_flags)
 
 
 def jvp_of(jaxpr: ClosedJaxpr, flags: Sequence[bool], forced: Sequence[bool] | bool) -> tuple[ClosedJaxpr, list[bool]]:
-    """A jaxpr's JVP with respect to the flagged inputs, tangents behind primals; and which outputs have tangents."""
-    new, found = ad.jvp_jaxpr(jaxpr, list(flags), forced if isinstance(forced, bool) else list(forced))
-    return new, list(found)
+    """A jaxpr's JVP with respect to the flagged inputs, tangents behind primals; and flags for outputs with tangents."""
+    jvp_jaxpr, out_flags = ad.jvp_jaxpr(jaxpr, list(flags), forced if isinstance(forced, bool) else list(forced))
+    return jvp_jaxpr, list(out_flags)

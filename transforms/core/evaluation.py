@@ -1,9 +1,9 @@
-"""How a Graph is evaluated: under the trace that is current, equation by equation, in as little time as that trace allows.
+"""The evaluation of a Graph under the current trace, equation by equation, in as little time as that trace allows.
 
-- A trace that stages equations is given copies of them: their types are known, and nothing in them is to be traced again.
-- JAX linearizes an equation by tracing its JVP, and what jax.numpy jits only once. So the equations of a Graph that is
-  differentiated inside of a trace are called as jitted functions of one operation, which JAX inlines.
-- Everything else binds each equation, as `jax.core.eval_jaxpr` does.
+- A trace that stages equations gets copies of them: their types are known, and no sub-jaxpr is traced again.
+- JAX linearizes an equation by tracing its JVP, but a jitted function only once. So the equations of a Graph that is
+  differentiated inside a trace are called as jitted functions of one operation, which JAX inlines.
+- All other traces bind each equation, as `jax.core.eval_jaxpr` does.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .rules import RETYPING, Rules
 
 def evaluated(jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
     """The outputs of a graph's jaxpr for values of its types."""
-    inner = jaxpr.jaxpr
-    if manual_axes.varying(values):  # inside a shard_map, whose shards were not there when the graph was traced
+    open_jaxpr = jaxpr.jaxpr
+    if manual_axes.varying(values):  # inside a shard_map in which the graph was not traced
         return run(RETYPING, jaxpr, values)
-    is_as_traced = all(map(_has_type, values, inner.invars)) and jax.sharding.get_abstract_mesh().empty
-    if is_as_traced and not inner.is_high:
+    is_as_traced = all(map(_has_type, values, open_jaxpr.invars)) and jax.sharding.get_abstract_mesh().empty
+    if is_as_traced and not open_jaxpr.is_high:
         trace, tables = _jax.current_trace(), []
         if isinstance(trace, _jax.StagingTrace):
             return _copied(trace, jaxpr, values)
@@ -43,7 +43,7 @@ def _has_type(value: Any, var: Any) -> bool:
 
 
 def _is_staged(trace: Any) -> bool:
-    """Whether what is bound under this trace ends up in one that stages equations."""
+    """Whether a trace below this one stages equations."""
     while not isinstance(trace, _jax.StagingTrace):
         trace = getattr(trace, "parent_trace", getattr(trace, "parent", None))
         if trace is None:
@@ -52,29 +52,28 @@ def _is_staged(trace: Any) -> bool:
 
 
 def _copied(trace: Any, jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
-    """Stage copies of all equations. As JAX does with what it inlines, but each keeps its source line.
+    """Stage copies of all equations, as JAX does with calls that it inlines; each keeps its source line.
 
-    Bound are those with effects, which JAX notes by the values that they are on, and those of another configuration than that
-    of the call, as both count.
+    Equations with effects are bound, since JAX attaches effects to values; and those of another configuration than the call's.
     """
-    inner, here, context = jaxpr.jaxpr, _jax.current_source(), _jax.current_context()
+    open_jaxpr, source_info, context = jaxpr.jaxpr, _jax.current_source(), _jax.current_context()
     env = {
-        v: trace.to_jaxpr_tracer(x, here)
-        for v, x in zip((*inner.constvars, *inner.invars), (*jaxpr.consts, *values), strict=True)
+        v: trace.to_jaxpr_tracer(x, source_info)
+        for v, x in zip((*open_jaxpr.constvars, *open_jaxpr.invars), (*jaxpr.consts, *values), strict=True)
     }
-    read = lambda v: _jax.StagedValue(trace, v.aval, v, here) if isinstance(v, _jax.Literal) else env[v]
-    for eqn in inner.eqns:
-        given, avals = list(map(read, eqn.invars)), [v.aval for v in eqn.outvars]
+    read = lambda v: _jax.StagedValue(trace, v.aval, v, source_info) if isinstance(v, _jax.Literal) else env[v]
+    for eqn in open_jaxpr.eqns:
+        operands, avals = list(map(read, eqn.invars)), [v.aval for v in eqn.outvars]
         if eqn.effects or eqn.ctx is not context:
             with _jax.context_of(eqn):
-                outputs = _jax.bind(eqn.primitive, eqn.params, given)
-        elif (known := _jax.constants_of(eqn.primitive, given, eqn.params, avals)) is not None:
-            outputs = [trace.new_const(x, here, aval=aval) for x, aval in zip(known, avals, strict=True)]
+                outputs = _jax.bind(eqn.primitive, eqn.params, operands)
+        elif (constants := _jax.constants_of(eqn.primitive, operands, eqn.params, avals)) is not None:
+            outputs = [trace.new_const(x, source_info, aval=aval) for x, aval in zip(constants, avals, strict=True)]
         else:
-            source = eqn.source_info.replace(name_stack=here.name_stack + eqn.source_info.name_stack)
-            outputs = trace.emit_eqn(given, avals, eqn.primitive, eqn.params, eqn.effects, source, eqn.ctx)
+            eqn_source = eqn.source_info.replace(name_stack=source_info.name_stack + eqn.source_info.name_stack)
+            outputs = trace.emit_eqn(operands, avals, eqn.primitive, eqn.params, eqn.effects, eqn_source, eqn.ctx)
         env.update(zip(eqn.outvars, outputs, strict=True))
-    return list(map(read, inner.outvars))
+    return list(map(read, open_jaxpr.outvars))
 
 
 class _LinearizedOnce(Pass):
@@ -108,12 +107,12 @@ class _LinearizedOnce(Pass):
 
 @functools.cache
 def _operations() -> frozenset[_jax.Primitive]:
-    """JAX's own operations: what equal parameters of theirs mean is equal too, and they hold nothing of the user's."""
+    """JAX's own operations: equal parameters mean equal operations, and hold nothing of the user's."""
     every = (getattr(lax, name) for name in dir(lax) if name.endswith("_p"))
     return frozenset(p for p in every if _jax.is_linearized_by_jvp(p) and not subjaxprs.has_bodies(p))
 
 
 @functools.lru_cache(maxsize=1024)
 def _operation(primitive: _jax.Primitive, params: tuple, avals: tuple, context: Any) -> _jax.ClosedJaxpr:
-    """One operation as a jaxpr, traced in this context; JAX keeps its derivatives as long as it lives."""
+    """One operation as a jaxpr, traced in this context; JAX caches its derivatives for the jaxpr's lifetime."""
     return _jax.stage_flat(lambda *values: _jax.bind(primitive, dict(params), values), avals, _jax.no_names)

@@ -44,7 +44,7 @@ class Graph:
 
     @property
     def eqns(self) -> list[_jax.JaxprEqn]:
-        """The equations of the outermost level; `walk` goes into sub-graphs."""
+        """The equations of the outermost level; `walk` goes into sub-jaxprs."""
         return self.jaxpr.jaxpr.eqns
 
     @cached_property
@@ -123,7 +123,7 @@ class Graph:
         return self.text()
 
     def text(self, *, source: bool = False, lines: int | None = 200) -> str:
-        """The graph as text: one equation a line, scopes as headings, sub-graphs indented.
+        """The graph as text: one equation a line, scopes as headings, sub-jaxprs indented.
 
         Args:
           source: whether each equation shows the user's line that made it.
@@ -179,7 +179,7 @@ def trace(
 
 
 def walk(graph: Graph | _jax.ClosedJaxpr) -> Iterator[tuple[tuple[str, ...], _jax.JaxprEqn]]:
-    """Every equation of a graph in program order, with the path of sub-graphs it lies in.
+    """Every equation of a graph in program order, with the path of sub-jaxprs it lies in.
 
     Yields:
       (path, equation): () for the outermost level; `("scan.jaxpr",)` for the body of a scan.

@@ -199,10 +199,10 @@ class Pass:
         all values vary along `axes`. A pass with a memo keeps the result, so that JAX finds what it compiled for it; not if it
         closes over tracers, which must not outlive their trace.
         """
-        child, inner = self.body(eqn, k), closed.jaxpr
+        child, jaxpr = self.body(eqn, k), closed.jaxpr
         if child is None:
             return subjaxprs.lifted(closed), None
-        memo: Any = {} if child.memo is None else child.memo.setdefault(inner, {})
+        memo: Any = {} if child.memo is None else child.memo.setdefault(jaxpr, {})
         key = child.key, axes, is_inlined, _jax.trace_context()
         if key not in memo:
             trees: list[Any] = []
@@ -210,14 +210,14 @@ class Pass:
             def staged(*values):
                 if child is not self:
                     child.base = len(_jax.name_stack())
-                outputs, extras = child.leave(_run(child, inner, values, is_inlined))
+                outputs, extras = child.leave(_run(child, jaxpr, values, is_inlined))
                 leaves, tree = tree_flatten(extras)
                 trees.append((tree, len(leaves)))
                 return [manual_axes.vary(x, axes) for x in (*outputs, *leaves)]
 
-            names = _jax.names_of(inner)
+            names = _jax.names_of(jaxpr)
             names = names if type(child).leave is Pass.leave else names._replace(result_paths=None)
-            avals = [manual_axes.vary(v.aval, axes) for v in (*inner.constvars, *inner.invars)]
+            avals = [manual_axes.vary(v.aval, axes) for v in (*jaxpr.constvars, *jaxpr.invars)]
             result = subjaxprs.lifted(_jax.stage_flat(staged, avals, names)), *trees[-1]
             if any(isinstance(c, jax.core.Tracer) for c in result[0].consts):
                 memo = {}

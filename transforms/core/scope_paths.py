@@ -1,4 +1,4 @@
-"""Where: what `tap`, `patch` and the rules for scopes select.
+"""Scope patterns and predicates, by which `tap`, `patch` and scope rules select.
 
 A scope is named by a pattern such as "block_*/attention": names and wildcards (`fnmatch`) between slashes, matched with the named
 scopes around an equation at any depth. The backward pass lies in scopes of its own, which start with "transpose":
@@ -73,9 +73,9 @@ def check_where(verb: str, where: Any) -> None:
         )
 
 
-def joined(outer: Path, inner: Path) -> Path:
-    """The path of what lies at `inner` within `outer`, which encloses its graph; the backward pass is entered once."""
-    path = (*outer, *inner)
+def joined(outside: Path, inside: Path) -> Path:
+    """The path `inside` a jaxpr that lies at the path `outside`; "transpose" appears once."""
+    path = (*outside, *inside)
     start = path.index(BACKWARD) + 1 if BACKWARD in path else len(path)
     return (*path[:start], *(name for name in path[start:] if name != BACKWARD))
 
@@ -104,13 +104,13 @@ def maker(eqn: Any, k: int, path: Path, through: Sequence[str] = ("jit",)) -> tu
     """The equation that computes the k-th output of `eqn`, behind the calls around it, and where it lies if `eqn` is at `path`.
 
     Args:
-      through: the primitives that are looked through, whose outputs are those of their one sub-graph in order.
+      through: the primitives that are looked through, whose outputs are those of their one sub-jaxpr in order.
     """
     if eqn.primitive.name in through:
         jaxpr = subjaxprs.bodies(eqn)[0].jaxpr.jaxpr
-        for inner in jaxpr.eqns:
-            if jaxpr.outvars[k] in inner.outvars:
-                path = joined(path, _jax.scopes(_jax.name_stack(inner)))
-                calls, path = maker(inner, inner.outvars.index(jaxpr.outvars[k]), path, through)
+        for body_eqn in jaxpr.eqns:
+            if jaxpr.outvars[k] in body_eqn.outvars:
+                path = joined(path, _jax.scopes(_jax.name_stack(body_eqn)))
+                calls, path = maker(body_eqn, body_eqn.outvars.index(jaxpr.outvars[k]), path, through)
                 return [eqn, *calls], path
     return [eqn], path

@@ -1,4 +1,4 @@
-"""Where each primitive keeps its sub-graphs, and how an equation is bound with others in their place.
+"""Sub-jaxprs: where each primitive keeps them, and how an equation is bound with new ones.
 
 `tests/test_jax_contracts.py` pins each layout, per version of JAX.
 """
@@ -16,18 +16,18 @@ from . import _jax, manual_axes
 
 
 class Body(NamedTuple):
-    """A sub-graph of an equation: its label (the parameter, with an index where there are several) and closed jaxpr."""
+    """A sub-jaxpr of an equation: its label (the parameter, with an index where there are several) and closed jaxpr."""
 
     label: str
     jaxpr: _jax.ClosedJaxpr
 
 
-# primitive -> the parameter that holds its sub-graphs. What is not here is one operation (a reduction's combiner, a kernel).
+# primitive -> the parameters that hold its sub-jaxprs. All others are operations, also reductions with combiners and kernels.
 _BODIES = {
     "jit": ("jaxpr",),
     "scan": ("jaxpr",),
     "while": ("cond_jaxpr", "body_jaxpr"),
-    "loop": ("cond_jaxpr", "body_jaxpr"),  # ours: a while that can be reversed
+    "loop": ("cond_jaxpr", "body_jaxpr"),  # funcgrad's reversible while
     "cond": ("branches",),
     "remat2": ("jaxpr",),
     "closed_call": ("call_jaxpr",),
@@ -42,37 +42,38 @@ _BODIES = {
     "compute_on": ("jaxpr",),
 }
 
-# Their parameters hold Python functions too (rules not yet traced, specs computed by tracing), so these are entered as
-# running functions: the trace's own `process_*` methods.
+# Their parameters also hold Python functions (derivative rules, specs that tracing computes), bound by `process_*` methods.
 FUNCTIONAL = frozenset({"custom_jvp_call", "custom_vjp_call", "shard_map"})
-# A name, or a batching rule, given to a body: what has another body does not deserve it, and is that body in place.
+# Calls that give a body a name or a batching rule, which a new body may not fit: it is evaluated in place of the call.
 INLINED = frozenset({"composite", "custom_vmap_call"})
 WITH_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
-# Calls run their one sub-jaxpr once, with their own operands; these mean nothing else.
+# Calls run their one sub-jaxpr once, with their own operands; plain calls do nothing else.
 PLAIN_CALLS = frozenset({"closed_call", "call", "eval_jaxpr"})
 CALLS = PLAIN_CALLS | INLINED | WITH_DERIVATIVES | {"jit", "remat2", "compute_on"}
 LOOPS = frozenset({"while", "loop"})
-SWEEPS = frozenset({"forward", "sweep", "tangent"})  # ours, differentiated: what runs forward, back, and both
+SWEEPS = frozenset({"forward", "sweep", "tangent"})  # funcgrad's differentiated loops: forward, backward, both
 
 
 def has_bodies(primitive: _jax.Primitive) -> bool:
-    """Whether equations of this primitive may have sub-graphs."""
+    """Whether equations of this primitive may have sub-jaxprs."""
     return primitive.name in _BODIES
 
 
 def bodies(eqn: Any) -> list[Body]:
-    """The sub-graphs of an equation, in a fixed order; empty for a plain operation."""
-    found = []
+    """The sub-jaxprs of an equation, in a fixed order; empty for an operation."""
+    sub_jaxprs = []
     for key in _BODIES.get(eqn.primitive.name, ()):
         value = eqn.params.get(key)
         if value is None:
             continue
         if isinstance(value, tuple):  # branches; custom_linear_solve leaves out what was not given
             labels = getattr(value, "_fields", range(len(value)))
-            found += [Body(f"{key}[{k}]", _jax.close(j)) for k, j in zip(labels, value, strict=True) if j is not None]
+            sub_jaxprs += [
+                Body(f"{key}[{k}]", _jax.close(j)) for k, j in zip(labels, value, strict=True) if j is not None
+            ]
         else:
-            found.append(Body(key, _jax.close(value)))
-    return found
+            sub_jaxprs.append(Body(key, _jax.close(value)))
+    return sub_jaxprs
 
 
 class Lifted(NamedTuple):
@@ -89,18 +90,18 @@ def lifted(j: _jax.ClosedJaxpr) -> Lifted:
 
 
 def rebind(primitive: _jax.Primitive, params: dict, values: Sequence[Any], new: Sequence[Lifted]) -> list[Any]:
-    """Bind an equation with other sub-graphs of the same input types, whose constants become operands.
+    """Bind an equation with new sub-jaxprs of the same input types, whose constants become operands.
 
-    Sub-graphs may not hold values of an enclosing trace, so each layout says where its operands for constants stand. Outputs
-    that a sub-graph has more than before follow the equation's own: stacked out of a scan; out of a while those of the last
-    iteration, or zeros; out of a cond those of all branches, zeros for the branches that did not run.
+    A sub-jaxpr may not hold values of an enclosing trace, so each layout has a place for constants among the operands.
+    Additional outputs of a sub-jaxpr follow the equation's own: stacked by a scan; those of the last iteration of a while, or
+    zeros; those of all branches of a cond, zeros for the branches that did not run.
     """
     params, values = _LAYOUTS.get(primitive.name, _call)(dict(params), list(values), new)
     return _jax.bind(primitive, params, values)
 
 
 def has_room(eqn: Any) -> bool:
-    """Whether `rebind` can return more outputs of an equation's sub-graphs than it had."""
+    """Whether `rebind` can return additional outputs of the equation's sub-jaxprs."""
     if eqn.primitive.name in LOOPS:
         return bodies(eqn)[0].jaxpr.jaxpr.outvars[0].aval.shape == ()
     return eqn.primitive.name not in ("custom_linear_solve", "shard_map")
@@ -161,19 +162,19 @@ def _cond(params: dict, values: list, new: Sequence[Lifted]) -> tuple[dict, list
 
 
 def has_effects(eqn: Any, values: Sequence[Any]) -> bool:
-    """Whether an equation, also one that is just being bound to these values, does more than to return arrays."""
+    """Whether an equation with these operands has effects or takes references."""
     if not all(_jax.is_array(jax.typeof(x)) for x in values):
         return True
-    inner = [body.jaxpr.jaxpr.effects for body in bodies(eqn)]
-    found = inner if inner else [eqn.primitive.abstract_eval(*map(jax.typeof, values), **eqn.params)[1]]
-    return any(not isinstance(effect, _jax.NamedAxisEffect) for effects in found for effect in effects)
+    body_effects = [body.jaxpr.jaxpr.effects for body in bodies(eqn)]
+    sets = body_effects if body_effects else [eqn.primitive.abstract_eval(*map(jax.typeof, values), **eqn.params)[1]]
+    return any(not isinstance(effect, _jax.NamedAxisEffect) for effects in sets for effect in effects)
 
 
 def is_elided(eqn: Any, values: Sequence[Any], outputs: Sequence[Any]) -> bool:
-    """Whether tracing leaves out what was just bound: conversion of a number, or of a value to the type that it has."""
-    known = getattr(values[0], "get_const", lambda: values[0])() if values else None
-    if eqn.primitive is lax.convert_element_type_p and known is not None and not isinstance(known, jax.Array):
-        return jax.typeof(known).shape == ()
+    """Whether tracing leaves out the equation: a conversion of a number, or of a value to its own type."""
+    constant = getattr(values[0], "get_const", lambda: values[0])() if values else None
+    if eqn.primitive is lax.convert_element_type_p and constant is not None and not isinstance(constant, jax.Array):
+        return jax.typeof(constant).shape == ()
     is_forwarding = eqn.primitive in _jax.forwarding_rules and not bodies(eqn)
     return is_forwarding and jax.typeof(values[0]) == jax.typeof(outputs[0])
 
@@ -191,17 +192,17 @@ def _out_types(jaxpr: _jax.ClosedJaxpr) -> list[Any]:
 
 @_jax.weakref_lru_cache
 def _ignoring(jaxpr: _jax.ClosedJaxpr, avals: tuple[Any, ...]) -> _jax.ClosedJaxpr:
-    """The same with inputs of these types behind its own, which it does not read."""
-    inner = jaxpr.jaxpr
-    invars = [*inner.invars, *map(_jax.Var, avals)]
-    return _jax.close(inner.replace(invars=invars, debug_info=_jax.unnamed(inner))) if avals else jaxpr
+    """The jaxpr with additional inputs of these types, which it ignores."""
+    open_jaxpr = jaxpr.jaxpr
+    invars = [*open_jaxpr.invars, *map(_jax.Var, avals)]
+    return _jax.close(open_jaxpr.replace(invars=invars, debug_info=_jax.unnamed(open_jaxpr))) if avals else jaxpr
 
 
 @_jax.weakref_lru_cache
 def _padded(
     first: _jax.ClosedJaxpr, others: tuple[_jax.ClosedJaxpr, ...], extras: tuple[int, ...]
 ) -> tuple[_jax.ClosedJaxpr, ...]:
-    """Branches that each return the extra outputs of all, zeros for those of the others."""
+    """Branches that each return the additional outputs of all branches: zeros for those of other branches."""
     jaxprs = (first, *others)
     types = [_out_types(j)[len(j.jaxpr.outvars) - n :] for j, n in zip(jaxprs, extras, strict=True)]
 
@@ -221,7 +222,7 @@ def _padded(
 def _widened(
     first: _jax.ClosedJaxpr, others: tuple[_jax.ClosedJaxpr, ...], counts: tuple[int, ...]
 ) -> tuple[_jax.ClosedJaxpr, ...]:
-    """Branches that each take the constants of all, and read their own."""
+    """Branches that each take the constants of all branches, and read their own."""
     jaxprs = [j.jaxpr for j in (first, *others)]
     variables = [[_jax.Var(v.aval) for v in j.invars[:n]] for j, n in zip(jaxprs, counts, strict=True)]
     branches = []
@@ -257,7 +258,7 @@ _LAYOUTS = {
 
 
 def emptied(params: dict) -> dict:
-    """Parameters of a `shard_map` whose body returns what it is given, which is what the body of `params` returns."""
+    """The parameters of a `shard_map` with the identity on the outputs of its body as its body."""
     outputs = [_jax.Var(v.aval) for v in params["jaxpr"].outvars]
     names = _jax.unnamed(params["jaxpr"])
     body = params["jaxpr"].replace(
@@ -267,19 +268,19 @@ def emptied(params: dict) -> dict:
 
 
 def is_plain(eqn: Any) -> bool:
-    """Whether `eqn` is a jit that means nothing but its body."""
+    """Whether `eqn` is a jit without placement or donation: its body may be inlined."""
     return eqn.primitive.name == "jit" and not any(eqn.params["donated_invars"]) and is_placed_freely(eqn.params)
 
 
 def is_inlined(eqn: Any) -> bool:
-    """Whether `eqn` is a jit that tracing leaves out: a Graph holds its body in its place."""
+    """Whether `eqn` is a jit that tracing inlines: a Graph has its body in its place."""
     early = getattr(jax, "Inline", None)  # since JAX 0.11 `inline` is one of several times
     is_early = eqn.params.get("inline") is (early.JAX_EARLY if early else True)
     return is_early and eqn.primitive.name == "jit" and is_placed_freely(eqn.params)
 
 
 def is_placed_freely(params: dict) -> bool:
-    """Whether a jit with these parameters leaves open where its values lie."""
+    """Whether a jit with these parameters constrains neither shardings nor layouts."""
     keys = ("in_shardings", "out_shardings", "in_layouts", "out_layouts")
     return all(x is None or x is _jax.UNSPECIFIED for key in keys for x in params[key])
 
@@ -295,7 +296,7 @@ def scan_sizes(eqn: Any) -> tuple[int, int, int]:
 
 
 def operands(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
-    """For each body of `eqn`, which of its operands each input is at first, or is a part of; None where it is none."""
+    """For each sub-jaxpr of `eqn`, the operand that each input is at first, or is a slice of; None for other inputs."""
     name, p, values = eqn.primitive.name, eqn.params, list(values)
     if name in LOOPS:
         n = p["cond_nconsts"]
@@ -308,7 +309,7 @@ def operands(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
 
 
 def results(eqn: Any) -> list[list[int | None]]:
-    """For each body of `eqn`, which output of the equation each output is, or is a part of; None where it is none."""
+    """For each sub-jaxpr of `eqn`, the output of the equation that each output is, or is a slice of; None for other outputs."""
     name = eqn.primitive.name
     returned = [len(body.jaxpr.jaxpr.outvars) for body in bodies(eqn)]
     if name in LOOPS:
@@ -319,13 +320,13 @@ def results(eqn: Any) -> list[list[int | None]]:
 
 
 def invariant_operands(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
-    """As `operands`, with None also where an input is another value from run to run."""
+    """As `operands`, with None also for inputs that change from iteration to iteration."""
     name, p, inputs = eqn.primitive.name, eqn.params, operands(eqn, values)
-    counts = [len(given) for given in inputs]
+    counts = list(map(len, inputs))
     if name == "scan":
         counts = [scan_sizes(eqn)[0]]
     elif name in LOOPS:
         counts = [p["cond_nconsts"], p["body_nconsts"]]
     elif name == "shard_map":
         counts = [0]
-    return [[*given[:n], *[None] * (len(given) - n)] for given, n in zip(inputs, counts, strict=True)]
+    return [[*xs[:n], *[None] * (len(xs) - n)] for xs, n in zip(inputs, counts, strict=True)]

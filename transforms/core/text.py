@@ -1,4 +1,4 @@
-"""A graph as text for terminals: one equation a line, scopes as headings, sub-graphs indented."""
+"""A graph as text for terminals: one equation a line, scopes as headings, sub-jaxprs indented."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Keys:
         return self.kept[id(value)][0]
 
     def body(self, jaxpr: Any) -> int:
-        """A sub-graph up to the names of its variables (alpha-equivalence)."""
+        """A sub-jaxpr up to the names of its variables (alpha-equivalence)."""
         if id(jaxpr) not in self.kept:
             inner, numbers = getattr(jaxpr, "jaxpr", jaxpr), dict[Any, int]()
             number = lambda v: (
@@ -142,7 +142,7 @@ class Node:
     at: int
     calls: tuple[Level, ...]
     inputs: list[Value]
-    plans: list[Any]  # for its sub-graphs
+    plans: list[Any]  # for its sub-jaxprs
     outputs: list[Value] = field(default_factory=list)
 
 
@@ -164,7 +164,7 @@ class View:
       keys: shared by the views that are compared.
       jaxpr: closed.
       known: for each input, the constant that it is, or None.
-      inside: called with each equation that has sub-graphs, and its operands. It returns the plans for them, or None for a
+      inside: called with each equation that has sub-jaxprs, and its operands. It returns the plans for them, or None for a
         plain jit that is to be looked into.
     """
 
@@ -358,7 +358,7 @@ class Plan:
 
 
 class Planner:
-    """Plans level by level, inner levels first; sub-graphs of the same constants once."""
+    """Plans level by level, inner levels first; sub-jaxprs of the same constants once."""
 
     def __init__(self, keys: Keys, forms: list[Form]):
         self.keys = keys
@@ -384,7 +384,7 @@ class Planner:
         return self.memo[key]
 
     def _inside(self, eqn: Any, operands: list[Value]) -> list[Plan] | None:
-        """The plans of an equation's sub-graphs; None for a jit that is small and holds no match, or nothing else."""
+        """The plans of an equation's sub-jaxprs; None for a jit that is small and holds no match, or nothing else."""
         known = [[v and v.const for v in values] for values in subjaxprs.invariant_operands(eqn, operands)]
         plans = [self.plan(body.jaxpr, k) for body, k in zip(subjaxprs.bodies(eqn), known, strict=True)]
         if not subjaxprs.is_plain(eqn):

@@ -4,7 +4,7 @@ Three steps, each a section of this page:
 
 - **Forms.** What a pattern traces to depends on the types of its arguments. It is traced for types of the graph's values, those
   that lead to operations the graph has; each is a form of the pattern.
-- **Plans.** Each form is matched against each equation of a level, which is a graph or a sub-graph with small jits looked
+- **Plans.** Each form is matched against each equation of a level, which is a graph or a sub-jaxpr with small jits looked
   through. The plan of a level says which matches are replaced and what nobody needs then.
 - **The new graph** is the old one evaluated again as the plans say, with JAX tracing it.
 
@@ -48,12 +48,12 @@ class Replaced(Graph):
 
 
 def replace(graph: Graph, pattern: Callable, replacement: Callable) -> Replaced:
-    """Replace what computes the same as a pattern, at any depth of sub-graphs.
+    """Replace what computes the same as a pattern, at any depth of sub-jaxprs.
 
     A match is what the pattern computes, of any values in the place of its parameters, with the operands of commutative
     operations in either order, whatever is computed twice or once, and however `jax.jit` wraps it. The replacement
     computes its outputs instead; what else the graph needs of it stays. In program order each output is replaced once;
-    matches inside a sub-graph go first. What the replacement computes is not searched again.
+    matches inside a sub-jaxpr go first. What the replacement computes is not searched again.
 
     Args:
       graph: the graph.
