@@ -29,6 +29,7 @@ from .checks import (
     STEPS,
     TRANSFORMS,
     VERBS,
+    assert_near,
     assert_same_error,
     assert_same_graph,
     assert_same_program,
@@ -97,12 +98,6 @@ def total(f: Callable) -> Callable:
 
 def inner(xs, ys):
     return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(xs), jax.tree.leaves(ys), strict=True))
-
-
-def assert_near(got, want, tolerance: float):
-    """Values of float64, relative to the largest of each."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, float(jnp.max(jnp.abs(b)))))
 
 
 def staged(f: Callable, *args) -> Callable:
