@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
-import time
 import traceback
 
 import jax
@@ -29,22 +29,13 @@ def no_thread_is_left():
     assert not threads()
 
 
-def counting(n=10**9, seen=None):
+def counting(n=10**9):
     for i in range(n):
-        if seen is not None:
-            seen.append(i)
         yield {"x": np.full(3, i, np.float32)}
 
 
 def first(batch):
     return int(batch["x"][0])
-
-
-def waiting_for(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.005)
-    return condition()
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -59,14 +50,21 @@ def test_batches_come_in_order_and_on_the_device(size):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_no_more_than_size_batches_are_made_ahead(size):
-    seen = []
-    with prefetch(counting(seen=seen), size) as feed:
-        assert waiting_for(lambda: len(seen) == size)
-        for taken in range(1, 5):
+    is_made, ahead, taken = threading.Semaphore(0), [], 0
+
+    def batches():
+        for number, batch in enumerate(counting()):
+            ahead.append(number + 1 - taken)
+            is_made.release()
+            yield batch
+
+    with prefetch(batches(), size) as feed:
+        assert all(is_made.acquire(timeout=60) for _ in range(size))
+        for _ in range(5):
+            taken += 1
             next(feed)
-            assert waiting_for(lambda: len(seen) == size + taken)
-        time.sleep(0.05)
-        assert len(seen) == size + 4
+            assert is_made.acquire(timeout=60)
+    assert max(ahead) == size
 
 
 def test_any_iterable_and_any_tree():
@@ -149,35 +147,55 @@ def test_an_abandoned_loop_ends_its_thread():
 
 
 def test_closing_from_another_thread_frees_a_waiting_consumer():
-    gate = threading.Event()
+    is_running, gate = threading.Event(), threading.Event()
 
     def stuck():
+        is_running.set()
         gate.wait()
         yield np.zeros(1)
 
-    feed = prefetch(stuck())
+    feed, received = prefetch(stuck()), []
+    consumer = threading.Thread(target=lambda: received.extend(feed))
     closer = threading.Thread(target=feed.close)
-    timer = threading.Timer(0.1, lambda: (closer.start(), gate.set()))
-    timer.start()
-    assert len(list(feed)) <= 1
-    timer.join()
+    consumer.start()
+    is_running.wait()
+    closer.start()
+    gate.set()
+    consumer.join()
     closer.join()
+    assert len(received) <= 1
 
 
-def test_waited_is_the_fraction_of_the_consumers_time():
+class Clock:
+    """A clock that a test moves. It counts how often it was read."""
+
+    def __init__(self):
+        self.now_s, self.reads = 0.0, threading.Semaphore(0)
+
+    def perf_counter(self):
+        self.reads.release()
+        return self.now_s
+
+
+def test_waited_is_the_fraction_of_the_consumers_time(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(sys.modules[prefetch.__module__], "time", clock)
+
     def slowly():
-        for batch in counting(10):
-            time.sleep(0.02)
+        for number, batch in enumerate(counting(10)):
+            for _ in range(1 if number == 0 else 2):  # the consumer reads it before and after it waits
+                clock.reads.acquire()
+            clock.now_s += 1
             yield batch
 
     hungry = prefetch(slowly())
     assert hungry.waited == 0.0
     list(hungry)
-    assert 0.7 < hungry.waited <= 1.0
+    assert hungry.waited == 1.0
     fed = prefetch(counting(10))
     for _ in fed:
-        time.sleep(0.02)
-    assert 0.0 <= fed.waited < 0.3
+        clock.now_s += 1
+    assert fed.waited == 0.0
 
 
 def test_sharding():

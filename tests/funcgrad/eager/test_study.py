@@ -8,7 +8,6 @@ import itertools
 import json
 import sys
 import threading
-import time
 import types
 
 import jax
@@ -20,7 +19,7 @@ from jax import lax
 
 import funcgrad as fg
 
-from ...checks import raised_by
+from ...checks import counted_compilations, raised_by
 
 TABLE = jnp.arange(1000.0)
 X = jnp.linspace(0.1, 1, 12).reshape(3, 4)
@@ -105,9 +104,8 @@ def test_memory():
 
 
 def test_times():
-    times = fg.study(lambda x: jnp.sin(jnp.sin(jnp.sin(jnp.sin(x)))), X).times
-    assert 0 < times.compiled_s < times.first_s
-    assert times.eager_s > 0
+    times = fg.study(lambda x: jnp.sin(jnp.sin(x)), X).times
+    assert min(times.first_s, times.compiled_s, times.eager_s) > 0
     Times = type(times)
     assert Times(1.0, 10.0, 0.1).pays_after == 11
     assert Times(1.0, 10.0, 2.0).pays_after is None
@@ -261,10 +259,11 @@ def test_a_jitted_function_that_was_called_before_is_traced_anew(jit):
     f(X, 2.0, "none")
     f(X, 2.0, "sine")
     for _ in range(2):
-        s = fg.study(f, X, 2.0, "sine")
+        with counted_compilations() as compilations:
+            s = fg.study(f, X, 2.0, "sine")
+        assert compilations
         assert len(s.retraces) == 1
         assert "mode = 'sine' is static: each other value is traced again" in s.fixed
-        assert s.times.first_s > 5 * s.times.compiled_s
     assert "mode = 'none' is static" in str(fg.study(f, X, 2.0, mode="none"))
 
 
@@ -330,16 +329,20 @@ def test_a_string_among_the_arguments_is_explained():
 
 
 def test_two_studies_in_two_threads(capsys):
-    def slow(x):
+    is_running, is_second_started = threading.Event(), threading.Event()
+
+    def waiting(x):
         print("mine")
-        time.sleep(0.02)
+        is_running.set()
+        is_second_started.wait()
         return x * 2
 
     before = sys.stdout
-    threads = [threading.Thread(target=fg.study, args=(slow, jnp.ones(3))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.3)
+    threads = [threading.Thread(target=fg.study, args=(waiting, jnp.ones(3))) for _ in range(2)]
+    threads[0].start()
+    is_running.wait()
+    threads[1].start()
+    is_second_started.set()
     for thread in threads:
         thread.join()
     assert sys.stdout is before

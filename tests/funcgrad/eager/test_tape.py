@@ -20,6 +20,7 @@ import funcgrad as fg
 from ... import test_other_libraries as libraries
 from ...checks import assert_close_values, assert_near, assert_same_values, inexact_leaves, options, raised_by, summed
 from ...corpus import CORPUS
+from ...sampling import sampled
 
 X = jnp.linspace(0.2, 1.4, 3)
 W = jnp.linspace(-0.5, 0.8, 9).reshape(3, 3)
@@ -204,7 +205,29 @@ def test_as_text():
 # Its gradient
 
 
-@pytest.mark.parametrize("p", DIFFERENTIABLE, ids=str)
+SAMPLE = (
+    "associative_scan",
+    "branches_in_loops",
+    "checkpoint",
+    "closed_over_constants",
+    "complex_numbers",
+    "custom_jvp_in_loops",
+    "custom_nodes",
+    "custom_vjp_in_loops",
+    "dataclasses",
+    "integer_inputs",
+    "key_arrays",
+    "optimization_barrier",
+    "scalar",
+    "scan_tree_carry",
+    "shard_map_loops",
+    "switch",
+    "weak_types",
+    "zero_size",
+)
+
+
+@pytest.mark.parametrize("p", sampled(DIFFERENTIABLE, SAMPLE))
 def test_gradients_of_the_corpus(p):
     """Equal to JAX's, with respect to all arrays of floats among the arguments."""
     args = arrays(p.args)

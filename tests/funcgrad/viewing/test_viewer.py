@@ -1,11 +1,10 @@
-"""The page of `fg.show` in headless Chromium: what a person sees and does there, and how long it takes."""
+"""The page of `fg.show` in headless Chromium: what a person sees and does there."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import struct
-import time
 from pathlib import Path
 
 import jax
@@ -413,57 +412,31 @@ def test_a_notebook_draws_the_page_in_its_frame(page, path):
     path.write_text(f"<!doctype html><meta charset='utf-8'>{rnn_loss()._repr_html_()}", encoding="utf-8")
     page.driver.get(path.as_uri())
     page.driver.switch_to.frame(page.element("iframe"))
-    assert page.opening_s < 2
     page.click("cell/tanh#0")
     assert page.having("selected") == {"cell/tanh#0"}
     page.driver.switch_to.default_content()
 
 
-def test_300_equations_open_within_a_second(page, path):
+def test_300_equations_are_drawn_at_once(page, path):
     graph = fg.grad(fg.trace(transformer, weights(2), array(4, 32, 64)))
-    assert 270 < sum(1 for _ in fg.walk(graph)) < 350
-    seconds = []
-    for _ in range(3):
-        page.open(graph, path)
-        seconds.append(page.opening_s)
-    started = time.perf_counter()
+    count = sum(1 for _ in fg.walk(graph))
+    assert 270 < count < 350
+    page.open(graph, path)
+    folded = len(page.drawn())
     page.element("#unfold").click()
-    unfolded_s = time.perf_counter() - started
-    print(f"\n300 equations: opened in {min(seconds):.2f} s, all of them drawn in {unfolded_s:.2f} s more")
-    assert min(seconds) < 1
-    assert unfolded_s < 3
+    assert folded < count < len(page.drawn())
 
 
-def test_10000_equations_stay_usable(page, path):
+def test_of_10000_equations_only_some_are_drawn(page, path):
     graph = fg.grad(fg.trace(transformer, weights(68), array(4, 32, 64)))
     assert sum(1 for _ in fg.walk(graph)) > 9500
     page.open(graph, path)
-
-    def timed(action):
-        started = time.perf_counter()
-        action()
-        page.js("return 0")
-        return time.perf_counter() - started
-
     assert len(page.drawn()) < 200
-    seconds = {
-        "opened": page.opening_s,
-        "a box opened": timed(lambda: page.js("toggle(nodes.find((n) => n.label === 'block_3'))")),
-        "searched": timed(lambda: page.js("search('block_5/ tanh')")),
-        "went to a match": timed(lambda: page.js("nextMatch(1)")),
-        "zoomed": timed(lambda: page.js("zoom(1.2)")),
-        "table": timed(lambda: page.press("t")),
-    }
-    page.press("t")
-    seconds["all that fits unfolded"] = timed(lambda: page.js("unfold(OPEN_AT_MOST); draw()"))
-    print(
-        f"\n10,000 equations, {path.stat().st_size / 1e6:.1f} MB: "
-        + ", ".join(f"{k} {v:.2f} s" for k, v in seconds.items())
-    )
+    for action in ("toggle(nodes.find((n) => n.label === 'block_3'))", "search('block_5/ tanh')", "nextMatch(1)"):
+        page.js(action)
+    assert page.having("selected")
+    page.js("unfold(OPEN_AT_MOST); draw()")
     assert len(page.drawn()) <= 1500
-    assert seconds["opened"] < 5
-    assert seconds["all that fits unfolded"] < 10
-    assert max(seconds[k] for k in ("a box opened", "searched", "went to a match", "zoomed", "table")) < 1.5
 
 
 def test_a_long_chain_without_scopes_is_cut_into_parts(page, path):

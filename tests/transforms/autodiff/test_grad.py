@@ -20,7 +20,7 @@ def loss(w, x, mode="mean"):
 
 
 @pytest.mark.parametrize("verb", ["grad", "value_and_grad", "jacfwd", "jacrev", "hessian"])
-@pytest.mark.parametrize("argnums", [0, 1, (0, 1), -1])
+@pytest.mark.parametrize("argnums", [(0, 1), pytest.param(0, marks=pytest.mark.slow), -1])
 def test_a_graph_gives_a_graph(verb, argnums):
     graph = fg.trace(loss, 2.0, X)
     derived = getattr(fg, verb)(graph, argnums)

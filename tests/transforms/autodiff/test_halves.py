@@ -12,6 +12,7 @@ import funcgrad as fg
 
 from ...checks import assert_same_program
 from ...corpus import CORPUS
+from ...sampling import sampled
 
 DIFFERENTIABLE = [p for p in CORPUS if "grad" not in p.lacks]
 W, X = jnp.full((3, 3), 0.3), jnp.ones((2, 3))
@@ -36,7 +37,23 @@ def pulled(f, diff, args):
     return out, grads[0] if isinstance(diff, int) else grads
 
 
-@pytest.mark.parametrize("p", DIFFERENTIABLE, ids=str)
+SAMPLE = (
+    "branches_in_loops",
+    "checkpoint",
+    "custom_jvp_in_loops",
+    "custom_vjp_in_loops",
+    "dense",
+    "integer_inputs",
+    "key_arrays",
+    "references",
+    "scan_tree_carry",
+    "shard_map",
+    "weak_types",
+    "zero_size",
+)
+
+
+@pytest.mark.parametrize("p", sampled(DIFFERENTIABLE, SAMPLE))
 def test_the_halves_are_jax_vjp(p):
     halves = fg.halves(fg.trace(p.f, *p.args), p.diff)
     fg.verify(halves.forward), fg.verify(halves.backward)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -122,19 +121,17 @@ def test_verify_finds_a_broken_graph():
         fg.verify(dataclasses.replace(graph, paths=("x", "y")))
 
 
-@pytest.mark.usefixtures("fresh_heap")
-def test_ten_thousand_equations_are_rewritten_in_seconds():
+def test_a_rule_runs_once_for_each_equation():
     def f(x):
-        for _ in range(5_000):
+        for _ in range(500):
             x = lax.add(lax.sin(x), x)
         return x
 
+    calls = []
+    rules = fg.Rules("counted", {lax.sin_p: lambda eqn, x: (calls.append(eqn), lax.cos(x))[1]})
     graph = fg.trace(f, 1.0)
-    assert len(graph.eqns) == 10_000
-    started = time.process_time()
-    new = fg.rewrite(graph, COSINE)
-    assert time.process_time() - started < 2  # seconds; 0.4 on a quiet core
-    assert len(new.eqns) == 10_000
+    assert len(fg.rewrite(graph, rules).eqns) == len(graph.eqns) == 1000
+    assert len(calls) == 500
 
 
 def test_donation_names_and_inlining_of_inner_jits_stay():

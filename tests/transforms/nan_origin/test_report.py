@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import time
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import funcgrad as fg
 from ... import faults
 from ...corpus import CORPUS
 from ...faults import FAULTS
+from ...sampling import sampled
 
 X = jnp.array([4.0, 0.0])
 WAYS = {"function": lambda f: f, "jax.jit": jax.jit, "fg.jit": fg.jit}
@@ -25,8 +26,17 @@ def root(x):
     return jnp.where(x > 0, jnp.sqrt(x), 0.0).sum()
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+COMPILED = "scan_in_scan", "while_in_lane", "custom_backward", "rematerialised", "masked_root", "branch"
+
+
+@pytest.mark.parametrize(
+    ("fault", "way"),
+    [
+        pytest.param(fault, way, marks=() if way == "function" or fault.name in COMPILED else pytest.mark.slow)
+        for fault, way in itertools.product(FAULTS, WAYS)
+    ],
+    ids=str,
+)
 def test_thirty_faults(fault, way):
     origin = fg.nan_origin(WAYS[way](fault.program), *fault.args)
     assert origin.line.rsplit(" ", 1)[0] == f"{faults.__file__}:{fault.line}"
@@ -46,7 +56,12 @@ def test_thirty():
 
 
 @pytest.mark.parametrize(
-    "gradient", [jax.grad, fg.grad, jax.value_and_grad, fg.value_and_grad, jax.jacrev, jax.hessian]
+    "gradient",
+    [
+        jax.grad,
+        fg.value_and_grad,
+        *(pytest.param(f, marks=pytest.mark.slow) for f in (fg.grad, jax.value_and_grad, jax.jacrev, jax.hessian)),
+    ],
 )
 def test_gradients(gradient):
     for f in (gradient(root), jax.jit(gradient(root)), gradient(jax.jit(root))):
@@ -259,8 +274,6 @@ QUICK = (
     "scan_tree_carry",
     "cond",
     "custom_vjp_in_loops",
-    "checkpoint",
-    "shard_map",
     "vmap_collectives",
 )
 # NaN that goes through integers, through a comparison, or through a reference.
@@ -268,9 +281,7 @@ LOST = ("bitcast", "random_gamma", "scan_nested", "branches_in_loops", "referenc
 
 
 @pytest.mark.parametrize("form", ["function", "jit", "grad"])
-@pytest.mark.parametrize(
-    "p", [pytest.param(p, id=p.name, marks=[] if p.name in QUICK else pytest.mark.slow) for p in CORPUS]
-)
+@pytest.mark.parametrize("p", sampled(CORPUS, QUICK))
 def test_programs_of_the_corpus(p, form):
     """None is at fault; and where an argument holds NaN that reaches a result, it is named."""
     if form == "grad" and (p.diff is None or "grad" in p.lacks):
@@ -291,7 +302,7 @@ def is_float(x):
     return jnp.issubdtype(jnp.result_type(x), np.floating)
 
 
-# ------------------------------------------------------------------------------------------------ text, and time
+# ------------------------------------------------------------------------------------------------ text
 
 
 def test_text():
@@ -317,8 +328,7 @@ def test_text_of_loops_and_long_operands():
     assert "float32 ends at 3.4e+38" in text
 
 
-@pytest.mark.usefixtures("fresh_heap")
-def test_a_thousand_equations_take_seconds():
+def test_a_fault_among_many_equations():
     def loss(ws, x):
         for k, w in enumerate(ws):
             x = x + jnp.tanh(x @ w)
@@ -326,13 +336,9 @@ def test_a_thousand_equations_take_seconds():
             x = jnp.where(x > 1e9, x, x - x) if k == 3 else x
         return x.sum()
 
-    f, args = jax.jit(jax.grad(loss)), (jnp.ones((40, 8, 8)), jnp.ones((16, 8)))
-    assert sum(1 for _ in fg.walk(fg.trace(f, *args))) > 1000
-    jax.block_until_ready(f(*args))
-    start = time.process_time()
-    origin = fg.nan_origin(f, *args)
-    assert time.process_time() - start < 10
-    assert origin.phase == "backward"
+    f, args = jax.jit(jax.grad(loss)), (jnp.ones((8, 8, 8)), jnp.ones((16, 8)))
+    assert sum(1 for _ in fg.walk(fg.trace(f, *args))) > 200
+    assert fg.nan_origin(f, *args).phase == "backward"
 
 
 def test_constants_that_hold_nan_are_the_fault():

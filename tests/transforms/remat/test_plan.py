@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import funcgrad as fg
 
 from ...checks import assert_close_values
+from ...sampling import sampled
 from ...trainings import resnet, trainings, transformer
 from .test_program import EFFECTS, W, X, chained, default, loss, scanned, seen, smallest
 
@@ -85,8 +86,18 @@ def assert_monotone(f, args, order):
     assert len(sizes) == len([1 for limit in found if limit >= min(sizes)])  # what fits somewhere fits in all above
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("f", [loss, scanned], ids=["loss", "scanned"])
+@pytest.mark.parametrize(
+    ("f", "order"),
+    [
+        (loss, "shuffled"),
+        (scanned, "shuffled"),
+        *(
+            pytest.param(f, order, marks=pytest.mark.slow)
+            for f in (loss, scanned)
+            for order in ("ascending", "descending")
+        ),
+    ],
+)
 def test_smaller_budgets_never_give_bigger_programs(f, order):
     assert_monotone(f, (W, X), ORDERS[order])
 
@@ -104,12 +115,12 @@ def test_of_models_too(model, order):
 
 
 @unrolled
-@pytest.mark.parametrize("memory", ["70%", "60%"])
+@pytest.mark.parametrize("memory", sampled(["70%", "60%"], ["60%"]))
 def test_unrolled_programs_keep_to_the_budget(memory):
     assert_keeps(loss, memory)
 
 
-@pytest.mark.parametrize("memory", ["90%", "70%", "50%"])
+@pytest.mark.parametrize("memory", sampled(["90%", "70%", "50%"], ["50%"]))
 def test_scans_keep_to_the_budget(memory):
     assert_keeps(scanned, memory)
 
@@ -123,7 +134,7 @@ def assert_keeps(f, memory):
     assert_close_values(plan.graph(W, X), jax.jit(jax.value_and_grad(f))(W, X))
 
 
-@pytest.mark.parametrize("memory", ["90%", "60%", 1])
+@pytest.mark.parametrize("memory", ["60%", 1])
 def test_a_second_call_compiles_and_traces_nothing(memory):
     with Count(scanned) as count:
         g = fg.grad(count, memory=memory)
@@ -157,6 +168,7 @@ def test_plans_inside_of_traces(around):
 
 
 @unrolled
+@pytest.mark.slow
 def test_after_a_near_miss_a_little_less_is_aimed_at():
     """What the prediction of the default misses by says nothing about programs that are a fifth of it."""
     loss, args = transformer(lambda layer: layer)
@@ -167,7 +179,7 @@ def test_after_a_near_miss_a_little_less_is_aimed_at():
 
 @unrolled
 def test_a_budget_out_of_reach_is_refused_after_few_compiles():
-    f, args = resnet(lambda layer: layer, depth=6, channels=4, size=16, batch=8)
+    f, args = resnet(lambda layer: layer, depth=3, channels=4, size=8, batch=4)
     with Count(f) as count:
         with pytest.raises(fg.BudgetError):
             fg.plan(count, *args, memory="20%")
@@ -186,8 +198,9 @@ def test_a_budget_that_was_refused_gets_a_program_that_another_budget_had_compil
 # ------------------------------------------------------------------------------------------------ errors
 
 
-@pytest.mark.parametrize("f", [loss, scanned, lambda w, x: jnp.sum(jax.nn.softmax(loss(w, x) * x @ w))])
-@pytest.mark.parametrize("memory", [1, 3000, "10%"])
+@pytest.mark.parametrize(
+    ("f", "memory"), [(loss, 1), (scanned, 3000), (lambda w, x: jnp.sum(jax.nn.softmax(loss(w, x) * x @ w)), "10%")]
+)
 def test_the_smallest_budget_can_be_asked_for(f, memory):
     with pytest.raises(fg.BudgetError) as e:
         fg.value_and_grad(f, memory=memory)(W, X)
@@ -268,17 +281,16 @@ def test_references():
 def test_references_inside():
     def f(w, x):
         rows = jax.new_ref(jnp.zeros_like(x))
-        for k in range(4):
+        for k in range(3):
             x = jnp.tanh(x @ w)
             rows[k] = x[0]
         x, _ = lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=9)
         return jnp.sum(rows[0] ** 2) + jnp.sum(rows[1:3] ** 2) + jnp.sum(x)
 
     want = jax.jit(jax.value_and_grad(f))(W, X)
-    for memory in ("80%", "60%"):
-        plan = fg.plan(f, W, X, memory=memory)
-        assert plan.compiled_bytes < plan.default_bytes
-        assert_close_values(fg.value_and_grad(f, memory=memory)(W, X), want)
+    plan = fg.plan(f, W, X, memory="60%")
+    assert plan.compiled_bytes < plan.default_bytes
+    assert_close_values(plan.graph(W, X), want)
 
 
 def test_what_shard_map_holds_is_named_where_nothing_fits():

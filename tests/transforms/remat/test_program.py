@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import funcgrad as fg
 
 from ...checks import assert_close_values
+from ...sampling import sampled
 
 W, X = 0.9 * jnp.eye(16) + 0.02, jnp.linspace(-1, 1, 64 * 16).reshape(64, 16)
 KEY = jax.random.key(7, impl="rbg")  # XLA takes seconds to compile threefry
@@ -87,7 +88,7 @@ def dropped(key, w, x):
 def chain(step, dtype=None):
     def f(w, x):
         w, x = (w, x) if dtype is None else (w.astype(dtype), x.astype(dtype))
-        for _ in range(5):
+        for _ in range(4):
             x = step(w, x)
         return jnp.sum(jnp.abs(x) ** 2).astype(jnp.float32)
 
@@ -140,14 +141,30 @@ def without_float0(tree):
     return jax.tree.map(lambda x: x.shape if x.dtype == jax.dtypes.float0 else x, tree)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+SAMPLE = (
+    "products",
+    "negative argnums",
+    "has_aux",
+    "integers",
+    "static",
+    "static types",
+    "cond",
+    "jit with constants",
+    "custom_vjp",
+    "constant",
+    "unused",
+    "empty",
+)
+
+
+@pytest.mark.parametrize("name", sampled(PROGRAMS, SAMPLE))
 def test_values(name):
     f, args, options = PROGRAMS[name]
     least = smallest(f, *args, **options)
     static = {"static": (1, 2), "static types": 2}.get(name, ())
     want = jax.jit(jax.value_and_grad(f, **options), static_argnums=static)(*args)
     most = least if static else default(f, *args, **options)
-    for memory in {least, (least + max(least, most)) // 2}:
+    for memory in {least, (least + max(least, most)) // 2} if name not in SAMPLE else {least}:
         got = fg.value_and_grad(f, memory=memory, **options)(*args)
         if name not in HALF:
             assert_close_values(*map(without_float0, (got, want)))
@@ -189,9 +206,9 @@ def test_holomorphic():
 
 def test_dynamic_loops():
     """JAX has no reverse mode for these; its own forward mode says what is right."""
-    f = lambda w: jnp.sum(while_inside(w, X[:8]) ** 2)
+    f = lambda w: jnp.sum(while_inside(w, X[:2]) ** 2)
     got = fg.value_and_grad(f, memory=smallest(f, W))(W)[1]
-    np.testing.assert_allclose(got, jax.jacfwd(f)(W), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, jax.jit(jax.jacfwd(f))(W), rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_without_equations():
@@ -212,12 +229,12 @@ def budget():
     return smallest(scanned, W, X)
 
 
-@pytest.mark.parametrize("around", [jax.jit, fg.jit], ids=["jax", "funcgrad"])
+@pytest.mark.parametrize("around", [jax.jit, pytest.param(fg.jit, marks=pytest.mark.slow)], ids=["jax", "funcgrad"])
 def test_under_jit(around, budget):
     assert_close_values(around(fg.grad(scanned, memory=budget))(W, X), jax.jit(jax.grad(scanned))(W, X))
 
 
-@pytest.mark.parametrize("axes", [(None, 0), (0, None), (0, 0)], ids=str)
+@pytest.mark.parametrize("axes", sampled([(None, 0), (0, None), (0, 0)], ["(None, 0)"]))
 def test_under_vmap(axes, budget):
     args = [v if axis is None else jnp.stack([v, 0.5 * v, 0.1 * v]) for v, axis in zip((W, X), axes, strict=True)]
     got = jax.vmap(fg.grad(scanned, memory=budget), axes)(*args)
@@ -234,14 +251,14 @@ def test_vmap_inside():
     "second",
     [
         lambda g: jax.jacfwd(lambda w: g(w, X[:4]))(W),
-        lambda g: jax.jacrev(lambda w: g(w, X[:4]))(W),
+        pytest.param(lambda g: jax.jacrev(lambda w: g(w, X[:4]))(W), marks=pytest.mark.slow),
         lambda g: jax.grad(lambda w: jnp.sum(g(w, X[:4]) ** 2))(W),
     ],
     ids=["jacfwd", "jacrev", "grad"],
 )
 def test_second_derivatives(second):
-    got = second(fg.grad(scanned, memory=smallest(scanned, W, X[:4])))
-    want = second(jax.grad(scanned))
+    g = fg.grad(scanned, memory=smallest(scanned, W, X[:4]))
+    got, want = jax.jit(lambda: second(g))(), jax.jit(lambda: second(jax.grad(scanned)))()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
@@ -250,14 +267,14 @@ def test_a_budget_inside_of_a_budget():
     f, g = (lambda w, x, d=d: jnp.sum(d(w, x) ** 2) for d in (inner, jax.grad(scanned)))
     plan = fg.plan(f, W, X, memory="80%")
     assert plan.compiled_bytes <= 0.8 * plan.default_bytes
-    got, want = fg.value_and_grad(f, memory="80%")(W, X), jax.value_and_grad(g)(W, X)
+    got, want = plan.graph(W, X), jax.jit(jax.value_and_grad(g))(W, X)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
 
 def test_hessian_of_the_value(budget):
     w, x = W[:4, :4], X[:, :4]
-    got = jax.hessian(lambda w: fg.value_and_grad(scanned, memory="90%")(w, x)[0])(w)
-    np.testing.assert_allclose(got, jax.hessian(scanned)(w, x), rtol=1e-4, atol=1e-4)
+    got = jax.jit(jax.hessian(lambda w: fg.value_and_grad(scanned, memory="90%")(w, x)[0]))(w)
+    np.testing.assert_allclose(got, jax.jit(jax.hessian(scanned))(w, x), rtol=1e-4, atol=1e-4)
 
 
 def test_of_graphs(budget):
@@ -296,10 +313,11 @@ def test_closed_over_tracers(budget):
     for factor in (1.0, 2.0):
         got = jax.jit(outer, static_argnums=2)(W, X, factor)
         assert_close_values(got, jax.jit(jax.grad(scanned))(W, factor * X))
-    batched = jax.vmap(lambda x: fg.grad(lambda w: scanned(w, x), memory=budget)(W))(jnp.stack([X, 2 * X]))
+    batched = jax.jit(jax.vmap(lambda x: fg.grad(lambda w: scanned(w, x), memory=budget)(W)))(jnp.stack([X, 2 * X]))
     assert_close_values(batched[1], jax.jit(jax.grad(scanned))(W, 2 * X))
-    _, tangent = jax.jvp(lambda x: fg.grad(lambda w: scanned(w, x), memory=budget)(W), (X,), (X,))
-    want = jax.jvp(lambda x: jax.grad(scanned)(W, x), (X,), (X,))[1]
+    push = lambda g: jax.jit(lambda x: jax.jvp(g, (x,), (x,))[1])(X)
+    tangent = push(lambda x: fg.grad(lambda w: scanned(w, x), memory=budget)(W))
+    want = push(lambda x: jax.grad(scanned)(W, x))
     np.testing.assert_allclose(tangent, want, rtol=1e-4, atol=1e-4)
 
 
@@ -320,12 +338,10 @@ def mesh():
 
 def test_sharded(mesh):
     x, w = jax.device_put(X, NamedSharding(mesh, P("i"))), jax.device_put(W, NamedSharding(mesh, P()))
-    for argnums in (0, 1):
-        least = smallest(scanned, w, x, argnums=argnums)
-        got = fg.grad(scanned, argnums, memory=least)(w, x)
-        want = jax.jit(jax.grad(scanned, argnums))(w, x)
-        assert got.sharding.is_equivalent_to(want.sharding, 2)
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    got = fg.grad(scanned, 1, memory=smallest(scanned, w, x, argnums=1))(w, x)
+    want = jax.jit(jax.grad(scanned, 1))(w, x)
+    assert got.sharding.is_equivalent_to(want.sharding, 2)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     # Bytes are those of one device.
     assert fg.plan(scanned, w, x, memory="100%").compiled_bytes < fg.plan(scanned, W, X, memory="100%").compiled_bytes
 
@@ -395,7 +411,7 @@ EFFECTS = {
 }
 
 
-@pytest.mark.parametrize("name", EFFECTS)
+@pytest.mark.parametrize("name", sampled(EFFECTS, ["debug.callback", "io_callback, ordered"]))
 def test_effects_happen_once(name):
     f = chained(EFFECTS[name])
     memory = smallest(f, W, X)

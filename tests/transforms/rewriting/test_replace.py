@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import funcgrad as fg
 
 from ...checks import assert_close_values, assert_same_graph, assert_same_program, assert_same_values
 from ...corpus import CORPUS, MESH
+from ...sampling import sampled
 
 X = jnp.linspace(0.1, 1.2, 12).reshape(3, 4)
 V = jnp.linspace(-1, 1, 4)
@@ -258,8 +259,13 @@ DEPTHS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize("constants", ["literals", "constants", "tracers"])
+@pytest.mark.parametrize(
+    ("depth", "constants"),
+    [
+        *((depth, "literals") for depth in DEPTHS),
+        *itertools.product(["jit", "scan", "while", "remat", "custom_vjp", "shard_map"], ["constants", "tracers"]),
+    ],
+)
 def test_matches_are_found_and_replaced_at_any_depth(depth, constants):
     wrap = DEPTHS[depth]
 
@@ -301,9 +307,10 @@ def test_transformed_graphs_are_searched_and_replaced_graphs_transformed():
         after = fg.verify(derive(new))
         assert type(after) is fg.Graph
         args = (V,) if after.in_avals[0].shape == V.shape else (jnp.stack([V, 2 * V]),)
-        assert_close_values(after(*args), derive(g)(*args))
-        assert fg.replace(derive(graph), pattern, by_hand).count == 1  # the primal computation
-        assert_close_values(fg.replace(derive(graph), pattern, by_hand)(*args), derive(f)(*args))
+        assert_close_values(jax.jit(after)(*args), jax.jit(derive(g))(*args))
+        replaced = fg.replace(derive(graph), pattern, by_hand)
+        assert replaced.count == 1  # the primal computation
+        assert_close_values(jax.jit(replaced)(*args), jax.jit(derive(f))(*args))
     assert_same_program(new, g, (V,), is_graph=True)
 
 
@@ -447,7 +454,24 @@ SELF = [
 ]
 
 
-@pytest.mark.parametrize("program", CORPUS, ids=str)
+SAMPLE = (
+    "branches_in_loops",
+    "checkpoint",
+    "conv_1d",
+    "custom_jvp",
+    "custom_vjp_in_loops",
+    "dense",
+    "fori_loop",
+    "jit_shared",
+    "references",
+    "reductions",
+    "scan_tree_carry",
+    "shard_map",
+    "while_in_scan",
+)
+
+
+@pytest.mark.parametrize("program", sampled(CORPUS, SAMPLE))
 def test_what_is_replaced_by_itself_stays_the_same_program(program):
     graph = fg.trace(program.f, *program.args)
     new, count = graph, 0
@@ -487,35 +511,26 @@ def transformer(layers: int, is_scanned: bool = False, width: int = 32, heads: i
 
 @pytest.mark.parametrize("is_scanned", [False, True])
 def test_attention_of_a_transformer(is_scanned):
-    f, args = transformer(3, is_scanned)
+    f, args = transformer(2, is_scanned, width=16, heads=2)
     by_hand = lambda p, x: f(p, x, jax.nn.dot_product_attention)
     new = fg.verify(fg.replace(fg.trace(f, *args), attention, jax.nn.dot_product_attention))
-    assert new.count == (1 if is_scanned else 3)
+    assert new.count == (1 if is_scanned else 2)
     assert_same_program(new, by_hand, args)
     loss = lambda f: lambda p, x: jnp.sum(f(p, x) ** 2)
-    gradient = fg.grad(fg.trace(loss(new), *args))
-    assert_close_values(gradient(*args), jax.jit(jax.grad(loss(by_hand)))(*args))
+    want = jax.jit(jax.grad(loss(by_hand)))(*args)
+    assert_close_values(jax.jit(fg.grad(fg.trace(loss(new), *args)))(*args), want)
     backward = fg.replace(fg.grad(fg.trace(loss(f), *args)), attention, jax.nn.dot_product_attention)
-    assert_close_values(backward(*args), gradient(*args))
+    assert_close_values(jax.jit(backward)(*args), want)
 
 
-@pytest.mark.usefixtures("fresh_heap")
-def test_large_graphs_take_seconds():
+def test_every_match_of_a_large_graph_is_replaced():
     def chain(x):
-        for _ in range(5_000):
+        for _ in range(500):
             x = lax.add(lax.sin(x), x)
         return x
 
-    graph = fg.trace(chain, 1.0)
-    started = time.process_time()
-    assert fg.replace(graph, lambda a, b: jnp.sin(a) + b, lambda a, b: a - b).count == 5_000
-    assert time.process_time() - started < 8  # seconds; 1.8 on a quiet core
-
-    f, args = transformer(12)
-    graph = fg.trace(f, *args)
-    started = time.process_time()
-    assert fg.replace(graph, attention, jax.nn.dot_product_attention).count == 12
-    assert time.process_time() - started < 4  # seconds; 0.6 on a quiet core
+    new = fg.replace(fg.trace(chain, 1.0), lambda a, b: jnp.sin(a) + b, lambda a, b: a - b)
+    assert (new.count, len(new.eqns)) == (500, 500)
 
 
 # Errors
