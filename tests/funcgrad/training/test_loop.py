@@ -23,6 +23,10 @@ from funcgrad.data.prefetch import prefetch
 from funcgrad.training import Log, loop, step, train
 from funcgrad.training.program import _programs
 
+from ... import checks
+from ...checks import counted_compilations
+
+assert_close = functools.partial(checks.assert_near, rtol=1e-5, atol=1e-7)
 standard_promotion = pytest.mark.standard_promotion  # optax's Adam mixes dtypes
 
 
@@ -57,21 +61,11 @@ def by_hand(one, state, batches):
     return state, jax.tree.map(lambda *rows: np.stack(rows), *rows)
 
 
-def assert_close(a, b, rtol=1e-5):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    unwrap = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(unwrap(x), unwrap(y), rtol=rtol, atol=1e-7)
-
-
 @pytest.fixture
 def compilations():
-    """The names of the compilations so far, and whatever follows."""
-    found = []
-    listener = lambda name, seconds, **details: found.append(name) if "backend_compile" in name else None
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(listener)
+    """The compilations since the test began."""
+    with counted_compilations() as events:
+        yield events
 
 
 @pytest.fixture

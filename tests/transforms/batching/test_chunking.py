@@ -11,16 +11,20 @@ from jax import lax
 
 import funcgrad as fg
 
-from ...checks import assert_close_values, assert_near, assert_same_error, assert_same_opcodes, raised_by
+from ...checks import (
+    assert_close_values,
+    assert_near,
+    assert_same_error,
+    assert_same_opcodes,
+    counted_compilations,
+    raised_by,
+    temp_bytes,
+)
 
 W = jnp.sin(jnp.arange(12.0)).reshape(4, 3)
 XS = jnp.cos(jnp.arange(21.0)).reshape(7, 3)
 WS = [jnp.sin(jnp.arange(64.0 * 64) + k).reshape(64, 64) / 8 for k in range(3)]
 X = jnp.sin(jnp.arange(64.0))
-
-
-def temp_bytes(f, *args):
-    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 def net(x):
@@ -245,18 +249,13 @@ def test_the_choice_is_made_once_per_types():
 
 
 def test_nothing_is_compiled_twice():
-    compiled = []
-    listen = lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
     mapped = fg.vmap(heavy, (None, 0), memory=2**20)
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with counted_compilations() as compilations:
         jax.block_until_ready(mapped(WS, BATCH))
-        assert len(compiled) <= 2  # all lanes at once, which might have fitted, and the chunks
-        compiled.clear()
+        assert len(compilations) <= 2  # all lanes at once, which might have fitted, and the chunks
+        compilations.clear()
         jax.block_until_ready(mapped(WS, BATCH))
-        assert not compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        assert not compilations
 
 
 # ------------------------------------------------------------------------------------------------ options and errors

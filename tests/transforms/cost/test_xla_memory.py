@@ -11,6 +11,7 @@ from jax import lax
 
 import funcgrad as fg
 
+from ...checks import temp_bytes
 from ...sampling import sampled
 from ...trainings import trainings
 
@@ -25,13 +26,9 @@ W, X = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((256, 6
 ARRAY = 256 * 64 * 4
 
 
-def needed(f, *args):
-    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
-
-
 def deviation(name):
     t = PROGRAMS[name]
-    return abs(fg.cost(t.f, *t.args).temp_bytes / needed(t.f, *t.args) - 1)
+    return abs(fg.cost(t.f, *t.args).temp_bytes / temp_bytes(t.f, *t.args) - 1)
 
 
 @pytest.mark.parametrize("name", sampled(FEW, ["mlp gradient", "lstm remat"]))
@@ -66,7 +63,7 @@ def test_all():
 def test_small_programs(f, arrays):
     predicted = fg.cost(f, W, X).temp_bytes
     assert predicted == pytest.approx(arrays * ARRAY, abs=256)
-    assert predicted == pytest.approx(needed(f, W, X), abs=4096)
+    assert predicted == pytest.approx(temp_bytes(f, W, X), abs=4096)
 
 
 def residual(w, x):
@@ -84,7 +81,7 @@ def test_sums_that_are_read_here_and_behind_a_product_are_kept():
         return jnp.cos(x)
 
     for program in (f, jax.grad(residual)):
-        assert fg.cost(program, W, X).temp_bytes == pytest.approx(needed(program, W, X), rel=0.1)
+        assert fg.cost(program, W, X).temp_bytes == pytest.approx(temp_bytes(program, W, X), rel=0.1)
 
 
 def test_what_is_computed_again_is_not_kept():

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import funcgrad as fg
 
-from ...checks import assert_close_values
+from ...checks import assert_close_values, temp_bytes
 from ...sampling import sampled
 from ...trainings import resnet, trainings, transformer
 from .test_program import EFFECTS, W, X, chained, default, loss, scanned, seen, smallest
@@ -129,7 +129,7 @@ def assert_keeps(f, memory):
     plan = fg.plan(f, W, X, memory=memory)
     assert plan.default_bytes == default(f, W, X)
     assert plan.compiled_bytes <= plan.limit_bytes == int(float(memory[:-1]) / 100 * plan.default_bytes)
-    again = jax.jit(plan.graph).lower(W, X).compile().memory_analysis().temp_size_in_bytes
+    again = temp_bytes(plan.graph, W, X)
     assert again <= plan.compiled_bytes < plan.default_bytes
     assert_close_values(plan.graph(W, X), jax.jit(jax.value_and_grad(f))(W, X))
 
@@ -333,7 +333,7 @@ def test_residual_networks_get_as_small_as_by_hand_for_no_more():
     plain = by_hand(lambda f: f, 12)
     for n in (2, 3):
         segmented = jax.value_and_grad(by_hand(jax.checkpoint, n))
-        size = jax.jit(segmented).lower(ws, x).compile().memory_analysis().temp_size_in_bytes
+        size = temp_bytes(segmented, ws, x)
         plan = fg.plan(plain, ws, x, memory=size)
         assert plan.compiled_bytes <= size
         assert plan.flops <= fg.cost(segmented, ws, x).flops

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import funcgrad as fg
 
-from ...checks import assert_close_values
+from ...checks import assert_close_values, temp_bytes
 from ...sampling import sampled
 
 W, X = 0.9 * jnp.eye(16) + 0.02, jnp.linspace(-1, 1, 64 * 16).reshape(64, 16)
@@ -43,7 +43,7 @@ def smallest(f, *args, **options):
 
 
 def default(f, *args, **options):
-    return jax.jit(jax.value_and_grad(f, **options)).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    return temp_bytes(jax.value_and_grad(f, **options), *args)
 
 
 # ------------------------------------------------------------------------------------------------ values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 
@@ -15,6 +16,9 @@ from jax import lax
 
 import funcgrad as fg
 
+from ... import checks
+
+assert_near = functools.partial(checks.assert_near, rtol=2e-5, atol=1e-6)
 X = jnp.linspace(0.1, 1.0, 4)
 FORMS = ("function", "graph")
 SIN = fg.op("sin")
@@ -24,13 +28,6 @@ scope = jax.named_scope
 
 def form_of(f, form, *args):
     return fg.trace(f, *args) if form == "graph" else f
-
-
-def assert_near(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        assert (jnp.shape(a), jnp.result_type(a)) == (jnp.shape(b), jnp.result_type(b)), jax.tree_util.keystr(path)
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
 def weighted(tapped):

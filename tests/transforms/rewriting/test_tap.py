@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import re
 import threading
@@ -19,11 +20,20 @@ from jax.sharding import PartitionSpec as P
 
 import funcgrad as fg
 
-from ...checks import assert_close_values, assert_same_program, assert_same_values, options, summed
+from ... import checks
+from ...checks import (
+    assert_close_values,
+    assert_same_program,
+    assert_same_values,
+    counted_compilations,
+    options,
+    summed,
+)
 from ...corpus import CORPUS
 from ...sampling import sampled
 from ...test_jax_contracts import on_the_host
 
+assert_near = functools.partial(checks.assert_near, rtol=2e-5, atol=1e-6)
 X = jnp.linspace(0.1, 1.0, 4)
 MESH = jax.make_mesh((4,), ("i",), (jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:4])
 QUICK = (
@@ -313,13 +323,6 @@ def test_every_operation_of_a_running_function_is_seen(name):
     assert_near(got, want)
 
 
-def assert_near(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        assert (jnp.shape(a), jnp.result_type(a)) == (jnp.shape(b), jnp.result_type(b)), jax.tree_util.keystr(path)
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))
-
-
 def weighted(tapped):
     """A scalar to which every element of the result, and of all that is seen, contributes."""
 
@@ -582,28 +585,16 @@ def test_interchange_intervention():
 # ------------------------------------------------------------------------------------------------ once, and without leaks
 
 
-def compilations(f):
-    compiled = []
-    listen = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        f()
-        return len(compiled)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @pytest.mark.parametrize("verb", ["tap", "patch"])
 @pytest.mark.parametrize("name", ["jit", "scan", "cond", "while", "remat", "jit in scan in cond in scan"])
 def test_a_sub_graph_is_compiled_once(name, verb):
     inner = jax.jit(lambda x: PROGRAMS[name](x))
     probed = fg.tap(inner, where=SIN) if verb == "tap" else fg.patch(inner, where=SIN, replace=lambda v: 2 * v)
-    probed(X)
-    assert compilations(lambda: probed(X)) == 0
     outer = jax.jit(probed)
-    outer(X)
-    assert compilations(lambda: outer(X)) == 0
-    assert outer._cache_size() == 1
+    probed(X), outer(X)
+    with counted_compilations() as compilations:
+        probed(X), outer(X)
+    assert not compilations
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
