@@ -1,6 +1,7 @@
 """What funcgrad costs and gains beside JAX: ratios, interleaved in one process.
 
 python -m benchmarks [gradients dispatch training rewriting ...] [--json out.json] [--quick]
+python -m benchmarks --check
 
 A part is a module with a page of its own:
 
@@ -8,7 +9,8 @@ A part is a module with a page of its own:
     figures(rows)           what of it has a target
     COLUMNS                 which of a row the table shows, and how
 
-`interleaving` says how things are timed; `__main__` picks parts, prints, and writes JSON.
+`interleaving` says how things are timed; `__main__` picks parts, prints, and writes JSON. `bounds` is the table of all bounds
+that `check` holds; it ends with status 1 if one is missed.
 """
 
 import jax

@@ -15,10 +15,10 @@ import numpy as np
 
 import funcgrad as fg
 
+from .bounds import figure
 from .interleaving import Figure, calls_within, interleaved, ratio
 
 COLUMNS = {"call": "", "leaves": "d", "jax_us": ".2f", "funcgrad_us": ".2f", "difference_us": "+.2f", "ratio": ".3f"}
-MOST_US = 1.0
 
 
 def hit(jit: Callable, params: dict) -> Callable:
@@ -62,7 +62,7 @@ def measured(call: Callable, leaves: int, rounds: int, turn_s: float) -> dict[st
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
     """What has no target: a nested call, where tracing costs far more, and a callback."""
     return [
-        Figure(f"hit with {row['leaves']} leaves: more than jax.jit, us", row["difference_us"], most=MOST_US)
+        figure(f"hit with {row['leaves']} leaves: more than jax.jit, us", row["difference_us"])
         for row in rows
         if row["call"] == "hit"
     ]

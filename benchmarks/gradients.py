@@ -23,6 +23,7 @@ import funcgrad as fg
 from tests.checks import TRANSFORMS, opcode_counts
 from tests.corpus import CORPUS, Program
 
+from .bounds import figure
 from .interleaving import Figure, calls_within, geomean, interleaved, ratio
 
 COLUMNS = {
@@ -40,7 +41,7 @@ COLUMNS = {
     "hlo": "",
 }
 QUICK = ("scalar", "dense", "scan")
-FORMS = {"function": 1.1, "graph": 1.4}  # how much more tracing may cost
+FORMS = "function", "graph"
 
 (GRAD,) = (t for t in TRANSFORMS if t.name == "grad")
 
@@ -118,15 +119,15 @@ def difference(got: Counter, want: Counter) -> str:
 
 
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
-    found = []
-    for form, most in FORMS.items():
-        of = [row for row in rows if row["form"] == form]
-        found += [
-            Figure(f"{form}: run, geomean", geomean(row["run"] for row in of), 0.98, 1.02),
-            Figure(f"{form}: cold trace, geomean", geomean(row["cold"] for row in of), most=most),
-            Figure(f"{form}: warm trace, geomean", geomean(row["warm"] for row in of), most=most),
-            Figure(f"{form}: programs of other StableHLO", sum(row["stablehlo"] != "same" for row in of), 0, 0),
-            Figure(f"{form}: programs of other HLO", sum(row["hlo"] != "same" for row in of), 0, 0),
-            Figure(f"{form}: programs of other temporaries", sum(row["temp_bytes"] != 0 for row in of), 0, 0),
+    figures = []
+    for form in FORMS:
+        of_form = [row for row in rows if row["form"] == form]
+        figures += [
+            figure(f"{form}: run, geomean", geomean(row["run"] for row in of_form)),
+            figure(f"{form}: cold trace, geomean", geomean(row["cold"] for row in of_form)),
+            figure(f"{form}: warm trace, geomean", geomean(row["warm"] for row in of_form)),
+            figure(f"{form}: programs of other StableHLO", sum(row["stablehlo"] != "same" for row in of_form)),
+            figure(f"{form}: programs of other HLO", sum(row["hlo"] != "same" for row in of_form)),
+            figure(f"{form}: programs of other temporaries", sum(row["temp_bytes"] != 0 for row in of_form)),
         ]
-    return found
+    return figures

@@ -16,6 +16,7 @@ from jax import lax
 
 import funcgrad as fg
 
+from .bounds import figure
 from .interleaving import Figure, calls_within, interleaved, ratio
 
 COLUMNS = {
@@ -28,7 +29,6 @@ COLUMNS = {
     "grad": ".3f",
     "with_recording": ".3f",
 }
-MOST_US, MOST = 25.0, 0.5
 OPERATIONS: dict[str, Callable] = {
     "lax.sin": lax.sin,
     "lax.mul": lambda x: lax.mul(x, x),
@@ -85,5 +85,5 @@ def measured(name: str, count: int, quick: bool) -> dict[str, Any]:
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
     """What has no target: recording what jax.numpy jits, which is dispatched in Python then."""
     of_lax = [r for r in rows if r["operation"].startswith("lax.")]
-    recorded = [Figure(f"{r['operation']}: more per operation, us", r["more_us"], most=MOST_US) for r in of_lax]
-    return recorded + [Figure(f"{r['operation']}: gradient beside jax.grad", r["grad"], most=MOST) for r in rows]
+    recorded = [figure(f"{r['operation']}: more per operation, us", r["more_us"]) for r in of_lax]
+    return recorded + [figure(f"{r['operation']}: gradient beside jax.grad", r["grad"]) for r in rows]

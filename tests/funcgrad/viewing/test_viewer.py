@@ -153,21 +153,30 @@ class Page:
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
 
-@pytest.fixture(scope="module")
-def driver():
-    selenium = pytest.importorskip("selenium.webdriver", reason="drives the browser: pip install selenium")
-    from selenium.webdriver.chrome.service import Service
-
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+def browser():
+    """Headless Chromium; None where it, its driver or selenium is missing."""
+    try:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+    except ImportError:
+        return None
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     tool = shutil.which("chromedriver")
-    if not (browser and tool):
-        pytest.skip("needs Chromium and its driver: apt install chromium chromium-driver")
-    options = selenium.ChromeOptions()
-    options.binary_location = browser
+    if not (binary and tool):
+        return None
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1440,1000", "--hide-scrollbars"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = selenium.Chrome(options=options, service=Service(tool))
+    return webdriver.Chrome(options=options, service=Service(tool))
+
+
+@pytest.fixture(scope="module")
+def driver():
+    driver = browser()
+    if driver is None:
+        pytest.skip("needs Chromium and its driver: apt install chromium chromium-driver, pip install selenium")
     yield driver
     driver.quit()
 

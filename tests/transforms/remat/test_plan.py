@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import funcgrad as fg
 
-from ...checks import assert_close_values, temp_bytes
+from ...checks import assert_close_values, counted_compilations, temp_bytes
 from ...sampling import sampled
 from ...trainings import resnet, trainings, transformer
 from .test_program import EFFECTS, W, X, chained, default, loss, scanned, seen, smallest
@@ -36,28 +36,14 @@ def planner_of(f, *args):
 
 
 class Count:
-    """How many programs are compiled, and how often a function runs."""
+    """A function, and how often it was traced."""
 
     def __init__(self, f):
-        self.f, self.runs, self.compiles = f, 0, 0
+        self.f, self.traces = f, 0
 
     def __call__(self, *args):
-        self.runs += 1
+        self.traces += 1
         return self.f(*args)
-
-    def __enter__(self):
-        compiled = Planner._compiled
-
-        def counted(planner, *args):
-            self.compiles += 1
-            return compiled(planner, *args)
-
-        self.patch = mock.patch.object(Planner, "_compiled", counted)
-        self.patch.start()
-        return self
-
-    def __exit__(self, *_):
-        self.patch.stop()
 
 
 # ------------------------------------------------------------------------------------------------ budgets
@@ -134,37 +120,35 @@ def assert_keeps(f, memory):
     assert_close_values(plan.graph(W, X), jax.jit(jax.value_and_grad(f))(W, X))
 
 
-@pytest.mark.parametrize("memory", ["60%", 1])
-def test_a_second_call_compiles_and_traces_nothing(memory):
-    with Count(scanned) as count:
-        g = fg.grad(count, memory=memory)
-        kept = []
-        for _ in range(2):
-            if memory == 1:
-                with pytest.raises(fg.BudgetError):
-                    g(W, X)
-            else:
-                g(W, X)
-            kept.append((count.runs, count.compiles))
-        assert kept[0] == kept[1]
-        assert kept[0][0] == 1
-        assert kept[0][1] <= COMPILES
-        with mock.patch.object(Planner, "_propose", side_effect=AssertionError("searched again")):
-            if memory != 1:
-                g(0.5 * W, X)
-        if memory != 1:
-            g(W, X[:32])
-            assert count.runs == 2
+def test_a_second_call_compiles_and_traces_nothing():
+    f = Count(scanned)
+    g = fg.grad(f, memory="60%")
+    w = 0.5 * W
+    g(W, X)
+    with counted_compilations() as compilations:
+        g(w, X)
+    assert (f.traces, compilations) == (1, [])
+    g(W, X[:32])
+    assert f.traces == 2
+
+
+def test_a_second_refusal_compiles_and_traces_nothing():
+    f = Count(scanned)
+    g = fg.grad(f, memory=1)
+    with pytest.raises(fg.BudgetError):
+        g(W, X)
+    with counted_compilations() as compilations, pytest.raises(fg.BudgetError):
+        g(W, X)
+    assert (f.traces, compilations) == (1, [])
 
 
 @pytest.mark.parametrize(
     "around", [lambda g: jax.jit(g)(W, X), lambda g: jax.vmap(g)(W[None], X[None])], ids=["jit", "vmap"]
 )
 def test_plans_inside_of_traces(around):
-    with Count(scanned) as count:
-        around(fg.grad(count, memory="60%"))
-        assert count.runs == 1
-        assert 1 < count.compiles <= COMPILES
+    f = Count(scanned)
+    around(fg.grad(f, memory="60%"))
+    assert f.traces == 1
 
 
 @unrolled
@@ -180,10 +164,9 @@ def test_after_a_near_miss_a_little_less_is_aimed_at():
 @unrolled
 def test_a_budget_out_of_reach_is_refused_after_few_compiles():
     f, args = resnet(lambda layer: layer, depth=3, channels=4, size=8, batch=4)
-    with Count(f) as count:
-        with pytest.raises(fg.BudgetError):
-            fg.plan(count, *args, memory="20%")
-        assert count.compiles <= COMPILES
+    with counted_compilations() as compilations, pytest.raises(fg.BudgetError):
+        fg.plan(f, *args, memory="20%")
+    assert len(compilations) <= COMPILES
 
 
 def test_a_budget_that_was_refused_gets_a_program_that_another_budget_had_compiled():
