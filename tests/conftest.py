@@ -6,6 +6,9 @@ The tests run on the CPU unless the caller names platforms: `JAX_PLATFORMS=cuda,
 A test marked `sample(share, cover)` has many cases, of which a run of the default tier takes a share. The commit selects them, so
 that each commit tests others: the header of a run names the sample, `--sample=NAME` repeats it, `--all` takes all cases. The
 cases outside of the sample belong to the tier `slow`.
+
+On the CPU, XLA compiles with LLVM's optimizations off, which takes a third less time. The HLO and its temporaries are the same,
+only the machine code is slower: tests that measure it are marked `optimized`.
 """
 
 from __future__ import annotations
@@ -62,13 +65,13 @@ def pytest_collection_modifyitems(config, items):
     tests = itertools.groupby(filter(is_sampled, items), lambda item: item.nodeid.partition("[")[0])
     for _, cases in tests:
         cases = list(cases)
-        sample = sampled(cases, config.option.sample, *cases[0].get_closest_marker("sample").args)
+        sample = sample_of(cases, config.option.sample, *cases[0].get_closest_marker("sample").args)
         for item in cases:
             if item not in sample:
                 item.add_marker("slow")
 
 
-def sampled(items: list[pytest.Item], name: str, share: float, cover: tuple[str, ...] = ()) -> set[pytest.Item]:
+def sample_of(items: list[pytest.Item], name: str, share: float, cover: tuple[str, ...] = ()) -> set[pytest.Item]:
     """A share of the cases of a test, and as many more as show each value of the parameters in `cover` at least once."""
     by_hash = sorted(items, key=lambda item: zlib.crc32(f"{name} {item.nodeid}".encode()))
     count = math.ceil(share * len(items))
@@ -101,6 +104,8 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_runtest_setup(item):
+    is_optimized = item.get_closest_marker("optimized") or os.environ["JAX_PLATFORMS"] != "cpu"
+    jax.config.update("jax_disable_most_optimizations", not is_optimized)
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip(f"needs a GPU: the default backend is {jax.default_backend()!r}; try JAX_PLATFORMS=cuda,cpu")
 
@@ -111,12 +116,3 @@ def promotion(request):
     rule = "standard" if request.node.get_closest_marker("standard_promotion") else "strict"
     with jax.numpy_dtype_promotion(rule):
         yield
-
-
-@pytest.fixture
-def fresh_heap():
-    """For a test that takes the time: the garbage collector does not go through what other tests have left."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
