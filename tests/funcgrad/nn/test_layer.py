@@ -18,6 +18,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from funcgrad import nn
 
+from ...sampling import sampled
+
 KEY = jax.random.key(7)
 
 
@@ -175,7 +177,10 @@ def test_values_and_derivatives_are_those_of_the_reference(name):
     close(*jax.jit(lambda: (derivatives(layer), derivatives(reference)))(), 1e-4)
 
 
-@each_layer
+SAMPLE = "dense", "conv 2D", "avg_pool padded", "max_pool", "layer_norm", "group_norm", "attention causal", "gru"
+
+
+@pytest.mark.parametrize("name", sampled(LAYERS, SAMPLE))
 def test_vmap_and_bfloat16(name):
     layer, shape, _ = LAYERS[name]
     x = draw(*shape)

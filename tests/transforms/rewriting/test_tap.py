@@ -436,13 +436,13 @@ def test_attention_weights():
     params = list(jax.random.normal(key, (2, 3, 3)))
     x = jax.random.normal(key, (5, 3))
     where = lambda site: site.primitive.name == "div" and site.scope.endswith("attention")
-    out, seen = fg.tap(model, where=where)(params, x)
-    want = written(params, x)
+    out, seen = jax.jit(fg.tap(model, where=where))(params, x)
+    want = jax.jit(written)(params, x)
     assert list(seen) == ["block_0/attention/div#0", "block_1/attention/div#0"]
     assert_close_values((out, list(seen.values())), want)
     entropy = lambda weights: -sum(jnp.sum(w * jnp.log(w)) for w in weights)
-    got = jax.grad(lambda p: entropy(fg.tap(model, where=where)(p, x)[1].values()))(params)
-    assert_near(got, jax.grad(lambda p: entropy(written(p, x)[1]))(params))
+    got = jax.jit(jax.grad(lambda p: entropy(fg.tap(model, where=where)(p, x)[1].values())))(params)
+    assert_near(got, jax.jit(jax.grad(lambda p: entropy(written(p, x)[1])))(params))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -586,7 +586,7 @@ def test_interchange_intervention():
 
 
 @pytest.mark.parametrize("verb", ["tap", "patch"])
-@pytest.mark.parametrize("name", ["jit", "scan", "cond", "while", "remat", "jit in scan in cond in scan"])
+@pytest.mark.parametrize("name", ["jit", "cond", "while", "remat in scan"])
 def test_a_sub_graph_is_compiled_once(name, verb):
     inner = jax.jit(lambda x: PROGRAMS[name](x))
     probed = fg.tap(inner, where=SIN) if verb == "tap" else fg.patch(inner, where=SIN, replace=lambda v: 2 * v)
@@ -638,8 +638,8 @@ def test_replacements_that_close_over_traced_values():
     patched = lambda scale: fg.patch(f, where=SIN, replace=lambda v: v * scale)(X)
     want = lambda scale: fg.live(f, {lax.sin_p: lambda eqn, v: lax.sin(v) * scale})(X)
     total = lambda g: lambda s: jax.tree.reduce(lambda a, b: a + jnp.sum(b), g(s), 0.0)
-    assert_near(jax.grad(total(patched))(1.5), jax.grad(total(want))(1.5))
-    assert_near(jax.jit(jax.vmap(patched))(jnp.array([1.0, 2.0])), jax.vmap(want)(jnp.array([1.0, 2.0])))
+    assert_near(*(jax.jit(jax.grad(total(f)))(1.5) for f in (patched, want)))
+    assert_near(*(jax.jit(jax.vmap(f))(jnp.array([1.0, 2.0])) for f in (patched, want)))
 
 
 @pytest.mark.parametrize("context", [jax.disable_jit, jax.enable_checks, jax.debug_nans])
@@ -758,14 +758,13 @@ def test_effects_happen_as_often_as_without():
         return len(calls)
 
     calls = []
+    of_value, of_gradient = count(jax.jit(f)), count(jax.jit(jax.grad(lambda x: jnp.sum(f(x)))))
     for form in FORMS:
         tapped = fg.tap(form_of(f, form, X), where=SIN)
-        assert count(tapped) == count(f)
-        assert count(jax.jit(tapped)) == count(f)
-        assert count(jax.grad(lambda x: jnp.sum(tapped(x)[0]))) == count(jax.grad(lambda x: jnp.sum(f(x))))
-        patched = fg.patch(form_of(f, form, X), where=SIN, replace=same)
-        assert count(patched) == count(f)
-        assert count(jax.jit(patched)) == count(f)
+        assert count(jax.jit(tapped)) == of_value
+        assert count(jax.jit(jax.grad(lambda x: jnp.sum(tapped(x)[0])))) == of_gradient
+        assert count(jax.jit(fg.patch(form_of(f, form, X), where=SIN, replace=same))) == of_value
+    assert count(fg.tap(f, where=SIN)) == of_value
 
 
 @pytest.mark.parametrize("rule", [jax.custom_jvp, jax.custom_vjp])
@@ -832,15 +831,16 @@ def test_shard_map(form):
         return jax.shard_map(body, mesh=MESH, in_specs=P("i"), out_specs=P("i"))(jnp.tanh(x))
 
     g = form_of(f, form, X)
-    for run in (lambda t: t, jax.jit):
-        assert_near(run(fg.patch(g, where=SIN, replace=lambda v: 2 * v))(X), by_hand(X))
+    want = jax.jit(f)(X)
+    assert_near(jax.jit(fg.patch(g, where=SIN, replace=lambda v: 2 * v))(X), jax.jit(by_hand)(X))
+    for run in (lambda t: t, jax.jit) if form == "function" else (jax.jit,):
         out, seen = run(fg.tap(g, where=fg.op("sin", "tanh", "shard_map")))(X)
         assert list(seen) == ["tanh#0", "shard_map#0"]
-        assert_near((out, seen["shard_map#0"]), (f(X), f(X)))
-    assert_near(jax.jit(fg.patch(g, where=fg.op("shard_map"), replace=lambda v: 2 * v))(X), 2 * f(X))
+        assert_near((out, seen["shard_map#0"]), (want, want))
+    assert_near(jax.jit(fg.patch(g, where=fg.op("shard_map"), replace=lambda v: 2 * v))(X), 2 * want)
 
 
-@pytest.mark.parametrize("name", ["cond", "while", "scan", "remat"])
+@pytest.mark.parametrize("name", sampled(["cond", "while", "scan", "remat"], ["cond", "scan"]))
 def test_tap_inside_of_a_shard_map(name):
     f = PROGRAMS[name]
     xs = jnp.linspace(0.1, 1.0, 16).reshape(4, 4)
@@ -933,11 +933,10 @@ def test_models_of_nnx_and_equinox_in_named_scopes():
         with jax.named_scope("equinox"):
             return jax.vmap(other)(x)
 
-    for run in (lambda t: t, jax.jit):
-        out, seen = run(fg.tap(f, where="nnx"))(x)
-        assert_near((out, list(seen.values())[-1]), (f(x), linear(x)))
-        out, seen = run(fg.tap(f, where="equinox"))(x)
-        assert_near(list(seen.values())[-1], f(x))
+    out, seen = jax.jit(fg.tap(f, where="nnx"))(x)
+    assert_near((out, list(seen.values())[-1]), (f(x), linear(x)))
+    out, seen = jax.jit(fg.tap(f, where="equinox"))(x)
+    assert_near(list(seen.values())[-1], f(x))
     products = lambda f, *args: fg.tap(f, where=fg.op("dot_general"))(*args)[1].values()
     loss = lambda model: sum(map(jnp.sum, products(jax.vmap(model), x)))
     want = lambda model: sum(
