@@ -113,9 +113,12 @@ def long_bodies(quick: bool) -> Iterator[tuple[str, float]]:
         f = lambda x, n: lax.fori_loop(0, n, lambda _, c: body(*c), (x, x))[0]
         return jax.jit(fg.grad(f)).trace(1.0, 3)
 
-    few, many = (10, 60) if quick else (80, 480)
-    traced(few)
-    yield "gradient of a loop of 480 lines, beside one of 80", beside(lambda: traced(many), lambda: traced(few))
+    few_lines, many_lines = (10, 60) if quick else (80, 480)
+    traced(few_lines)
+    yield (
+        "gradient of a loop of 480 lines, beside one of 80",
+        beside(lambda: traced(many_lines), lambda: traced(few_lines)),
+    )
 
 
 def devices(quick: bool) -> Iterator[tuple[str, float]]:

@@ -48,14 +48,14 @@ def measured(call: Callable, leaves: int, rounds: int, turn_s: float) -> dict[st
     params = {f"w{i}": jnp.ones(()) for i in range(leaves)}
     ours, theirs = call(fg.jit, params), call(jax.jit, params)
     ours()  # compiles
-    took = interleaved(ours, theirs, rounds=rounds, calls=calls_within(turn_s, theirs)).cpu_s
+    times_s = interleaved(ours, theirs, rounds=rounds, calls=calls_within(turn_s, theirs)).cpu_s
     return {
         "call": call.__name__,
         "leaves": leaves,
-        "jax_us": float(np.median(took[1])) * 1e6,
-        "funcgrad_us": float(np.median(took[0])) * 1e6,
-        "difference_us": float(np.median(took[0] - took[1])) * 1e6,
-        "ratio": ratio(*took),
+        "jax_us": float(np.median(times_s[1])) * 1e6,
+        "funcgrad_us": float(np.median(times_s[0])) * 1e6,
+        "difference_us": float(np.median(times_s[0] - times_s[1])) * 1e6,
+        "ratio": ratio(*times_s),
     }
 
 

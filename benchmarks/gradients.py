@@ -52,8 +52,8 @@ def run(quick: bool) -> list[dict[str, Any]]:
     rows = []
     for p in programs:
         tracing, jitted = traced(p, rounds), [make() for make in gradients(p)]
-        for found in zip(tracing, compiled(p, jitted), ran(p, jitted, 2 * rounds + 1, turn_s), strict=True):
-            rows.append({name: value for part in found for name, value in part.items()})
+        for parts in zip(tracing, compiled(p, jitted), ran(p, jitted, 2 * rounds + 1, turn_s), strict=True):
+            rows.append({name: value for part in parts for name, value in part.items()})
     return rows
 
 
@@ -89,24 +89,24 @@ def compiled(p: Program, jitted: list[Any]) -> list[dict[str, Any]]:
     theirs, *ours = zip(stablehlo, hlo, temp_bytes, strict=True)
     return [
         {
-            "stablehlo": difference(own[0], theirs[0]),
-            "hlo": difference(own[1], theirs[1]),
-            "temp_bytes": own[2] - theirs[2],
+            "stablehlo": difference(counts[0], theirs[0]),
+            "hlo": difference(counts[1], theirs[1]),
+            "temp_bytes": counts[2] - theirs[2],
             "jax_temp_bytes": theirs[2],
         }
-        for own in ours
+        for counts in ours
     ]
 
 
 def ran(p: Program, jitted: list[Any], rounds: int, turn_s: float) -> list[dict[str, Any]]:
     ways = [lambda f=f: jax.block_until_ready(f(*p.args)) for f in jitted]
     count = min(calls_within(turn_s, way) for way in ways)
-    took = interleaved(*ways, rounds=rounds, calls=count)
+    times_s = interleaved(*ways, rounds=rounds, calls=count)
     return [
         {
-            "jax_run_us": float(np.median(took.wall_s[0])) * 1e6,
-            "run": ratio(took.cpu_s[k], took.cpu_s[0]),
-            "run_wall": ratio(took.wall_s[k], took.wall_s[0]),
+            "jax_run_us": float(np.median(times_s.wall_s[0])) * 1e6,
+            "run": ratio(times_s.cpu_s[k], times_s.cpu_s[0]),
+            "run_wall": ratio(times_s.wall_s[k], times_s.wall_s[0]),
         }
         for k in range(1, len(ways))
     ]

@@ -68,8 +68,8 @@ def measured(name: str, count: int, quick: bool) -> dict[str, Any]:
         lambda: jax.block_until_ready(t.grad(out, x)),
     ]
     np.testing.assert_allclose(ways[3](), ways[2](), rtol=1e-5, atol=1e-7)
-    took = interleaved(*ways, rounds=3 if quick else 21, calls=calls_within(0.005 if quick else 0.05, ways[2])).cpu_s
-    eager, recording, theirs, ours = took / count * 1e6
+    times_s = interleaved(*ways, rounds=3 if quick else 21, calls=calls_within(0.005 if quick else 0.05, ways[2])).cpu_s
+    eager, recording, theirs, ours = times_s / count * 1e6
     return {
         "operation": name,
         "operations": count,

@@ -28,10 +28,10 @@ def _precise():
 def test_temporaries_are_predicted():
     """Nine of ten within 15 %, none beyond 40 %, at the precision that one has by default: it decides which library is called."""
     with jax.default_matmul_precision(None):
-        found = {t.name: fg.cost(t.f, *t.args).temp_bytes / temp_bytes(t.f, *t.args) - 1 for t in trainings()}
-    assert len(found) == 24
-    assert sum(abs(d) <= 0.15 for d in found.values()) >= 0.9 * len(found), found
-    assert max(map(abs, found.values())) <= 0.4, found
+        deviations = {t.name: fg.cost(t.f, *t.args).temp_bytes / temp_bytes(t.f, *t.args) - 1 for t in trainings()}
+    assert len(deviations) == 24
+    assert sum(abs(d) <= 0.15 for d in deviations.values()) >= 0.9 * len(deviations), deviations
+    assert max(map(abs, deviations.values())) <= 0.4, deviations
 
 
 def unrolled(ws, x):

@@ -393,8 +393,8 @@ def test_the_future_does_not_change_the_past(make):
 def test_attention_and_recurrence_take_any_batch_axes():
     layer, x = nn.serial(nn.attention(2), nn.gru(3)), draw(3, 2, 5, 8)
     params = drawn(layer, x)
-    many, one = jax.jit(lambda: (layer(params, x), layer(params, x[1, 1])))()
-    close(many[1, 1], one)
+    batch_outputs, one = jax.jit(lambda: (layer(params, x), layer(params, x[1, 1])))()
+    close(batch_outputs[1, 1], one)
 
 
 def test_lstm_starts_out_remembering():
@@ -440,8 +440,8 @@ def test_names_and_scopes():
     }
     block_scopes = ("layer_norm", "attention", "attention/qkv", "attention/out", "lambda", "dense")
     expected = {f"serial/block_{i}/{scope}" for i in (0, 1) for scope in block_scopes} | {"serial/head"}
-    found = {scope for scope in scopes(jax.make_jaxpr(model)(params, x)) if "vmap" not in scope}  # JAX's, in attention
-    assert found == expected
+    names = {scope for scope in scopes(jax.make_jaxpr(model)(params, x)) if "vmap" not in scope}  # JAX's, in attention
+    assert names == expected
     assert repr(nn.dense(2).named("head")) == "Layer(name='head')"
 
 

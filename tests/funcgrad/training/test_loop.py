@@ -415,8 +415,8 @@ def test_update_is_pure_and_composes():
     state, batch = update.init(parameters()), data(1)[0]
     plain, jitted = update(state, batch), jax.jit(update)(state, batch)
     assert_close(plain, jitted)
-    many = jax.vmap(update, in_axes=(None, 0))(state, jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), batch))
-    assert many[1]["loss"].shape == (2,)
+    mapped = jax.vmap(update, in_axes=(None, 0))(state, jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), batch))
+    assert mapped[1]["loss"].shape == (2,)
 
 
 def test_step_errors():

@@ -61,10 +61,10 @@ def test_the_description_is_the_jaxpr(p):
     eqns = [eqn for _, eqn in fg.walk(graph)]
     assert [n["primitive"] for n in nodes] == [eqn.primitive.name for eqn in eqns]
 
-    made = Counter(value["node"] for value in data["values"])
+    results_of = Counter(value["node"] for value in data["values"])
     read = Counter(edge["target"] for edge in data["edges"])
     for node, eqn in zip(nodes, eqns, strict=True):
-        assert made[node["id"]] == sum(type(v).__name__ != "DropVar" for v in eqn.outvars)
+        assert results_of[node["id"]] == sum(type(v).__name__ != "DropVar" for v in eqn.outvars)
         if not subjaxprs.bodies(eqn):
             assert read[node["id"]] + len(node.get("literals", ())) == len(eqn.invars)
     labels = [n["label"] for n in children(data) if n["kind"] == "argument"]
@@ -138,8 +138,8 @@ def test_what_ends_a_loop_is_no_result_of_it():
     bodies = {n["label"]: n for n in data["nodes"] if n["kind"] == "body"}
     results = lambda label: [n["result"] for n in children(data, bodies[label]) if n["kind"] == "output"]
     assert results("cond_jaxpr") == [None]
-    (made,) = (v["id"] for v in data["values"] if data["nodes"][v["node"]].get("primitive") == "while")
-    assert results("body_jaxpr") == [made]
+    (results_of,) = (v["id"] for v in data["values"] if data["nodes"][v["node"]].get("primitive") == "while")
+    assert results("body_jaxpr") == [results_of]
 
 
 def test_sub_graphs_are_boxes_and_say_what_runs():
@@ -299,9 +299,9 @@ def marked(diff):
 
 
 def test_nothing_changed():
-    again = fg.trace(loss, PARAMS, X)
-    assert not fg.diff(GRAPH, again)
-    assert str(fg.diff(GRAPH, again)) == "loss -> loss: the same"
+    second = fg.trace(loss, PARAMS, X)
+    assert not fg.diff(GRAPH, second)
+    assert str(fg.diff(GRAPH, second)) == "loss -> loss: the same"
 
 
 def test_a_diff_shows_what_went_what_came_and_who_reads_it():

@@ -27,8 +27,8 @@ def pulled(f, diff, args):
     numbers = (diff,) if isinstance(diff, int) else diff
 
     def of_chosen(*values):
-        given = dict(zip(numbers, values, strict=True))
-        return f(*(given.get(k, x) for k, x in enumerate(args)))
+        chosen = dict(zip(numbers, values, strict=True))
+        return f(*(chosen.get(k, x) for k, x in enumerate(args)))
 
     out, pull = jax.vjp(of_chosen, *(args[k] for k in numbers))
     ones = lambda x: jnp.ones_like(x) if is_inexact(x) else np.zeros(jnp.shape(x), jax.dtypes.float0)
@@ -85,17 +85,17 @@ def model(params, x):
 
 def test_each_residual_says_what_made_it():
     halves = fg.halves(fg.trace(model, {"w": W}, X), argnums=(0, 1))
-    found = {r.path: r for r in halves.residuals}
-    assert {"params['w']", "x", "encoder/exp#0", "cell/cos#0", "sin#0"} <= set(found)
+    by_path = {r.path: r for r in halves.residuals}
+    assert {"params['w']", "x", "encoder/exp#0", "cell/cos#0", "sin#0"} <= set(by_path)
 
-    cosine = found["cell/cos#0"]
+    cosine = by_path["cell/cos#0"]
     assert (cosine.shape, cosine.dtype, cosine.bytes) == ((5, 2, 3), jnp.float32, 5 * 2 * 3 * 4)
     assert cosine.eqn.primitive is lax.cos_p
     assert "test_halves.py" in cosine.line
     assert "cell" in cosine.line
-    argument = found["x"]
+    argument = by_path["x"]
     assert (argument.eqn, argument.line, argument.bytes) == (None, None, 24)
-    assert halves.bytes == sum(r.bytes for r in halves.residuals) - found["x"].bytes - found["params['w']"].bytes
+    assert halves.bytes == sum(r.bytes for r in halves.residuals) - by_path["x"].bytes - by_path["params['w']"].bytes
 
 
 def shared(x):

@@ -224,16 +224,16 @@ def test_a_budget_that_is_too_small_says_what_is_needed():
     ],
 )
 def test_the_choice_follows_what_is_compiled(predicted, measured, budget, want):
-    tried = []
+    sizes = []
 
     def compiled(k):
-        tried.append(k)
+        sizes.append(k)
         return measured(k or 100)
 
     size = chunking._largest(100, budget, lambda k: predicted(k or 100), compiled, "f")
     assert measured(size) <= budget
     assert 0.6 * want <= size <= want
-    assert len(tried) <= 7
+    assert len(sizes) <= 7
 
 
 def test_the_choice_is_made_once_per_types():

@@ -520,12 +520,12 @@ def test_a_new_function_object_each_call():
     for _ in range(4):
         f = jit(lambda x: x + 1)  # the line
         f(J)
-    first, again = f.retraces
-    assert (again.level, again.count, f.retraces.traced) == ("trace", 3, 4)
+    first, second = f.retraces
+    assert (second.level, second.count, f.retraces.traced) == ("trace", 3, 4)
     ((kind, where, before, now),) = told(f)
     line = inspect.getsourcelines(test_a_new_function_object_each_call)[1] + 2
     assert (kind, where, before, now) == ("function", f"{__file__}:{line} (<lambda>)", "made once", "made again")
-    assert first.caller == again.caller == f"{__file__}:{line + 1}"
+    assert first.caller == second.caller == f"{__file__}:{line + 1}"
 
 
 NEW = {
@@ -740,12 +740,12 @@ def test_text_of_many_entries():
 
 def make_many(n):
     functions = [lambda x: x for _ in range(n)]
-    made = [weakref.ref(f) for f in functions]
+    references = [weakref.ref(f) for f in functions]
     while functions:
         f = jit(functions.pop())
         f(1.0)
-        made.append(weakref.ref(f))
-    return made, f.retraces
+        references.append(weakref.ref(f))
+    return references, f.retraces
 
 
 @pytest.mark.parametrize("n", [100, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
@@ -753,10 +753,10 @@ def test_fresh_functions_do_not_leak(n):
     make_many(1)
     gc.collect()
     before = len(gc.get_objects())
-    made, retraces = make_many(n)
-    assert not [r for r in made[:-1] if r() is not None][1:]
+    references, retraces = make_many(n)
+    assert not [r for r in references[:-1] if r() is not None][1:]
     assert len(retraces) == 2
-    del made
+    del references
     gc.collect()
     assert len(gc.get_objects()) - before < 500 + n / 10
 

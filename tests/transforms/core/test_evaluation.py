@@ -28,9 +28,9 @@ def model(x):
 
 def test_a_graph_that_is_staged_is_copied():
     graph = fg.trace(model, X)
-    again = jax.make_jaxpr(graph)(X)
-    assert_same_graph(again, graph.jaxpr)
-    for old, new in zip(graph.eqns, again.jaxpr.eqns, strict=True):
+    second = jax.make_jaxpr(graph)(X)
+    assert_same_graph(second, graph.jaxpr)
+    for old, new in zip(graph.eqns, second.jaxpr.eqns, strict=True):
         assert new.primitive is old.primitive
         assert _jax.line_of(new) == _jax.line_of(old)
         assert _jax.scope_of(new) == _jax.scope_of(old)
@@ -63,15 +63,15 @@ derivatives = [fg.grad, jax.grad, fg.value_and_grad, fg.hessian]
 @pytest.mark.parametrize("derive", derivatives)
 def test_a_primitive_is_linearized_once_per_type(derive, monkeypatch):
     x = jnp.linspace(0.1, 1.0, 5 + derivatives.index(derive))  # of no other test
-    known, calls = _jax.ad.primitive_jvps[lax.erf_inv_p], []
-    monkeypatch.setitem(_jax.ad.primitive_jvps, lax.erf_inv_p, lambda *a, **k: calls.append(a) or known(*a, **k))
+    jvp_rule, calls = _jax.ad.primitive_jvps[lax.erf_inv_p], []
+    monkeypatch.setitem(_jax.ad.primitive_jvps, lax.erf_inv_p, lambda *a, **k: calls.append(a) or jvp_rule(*a, **k))
     make = lambda: jax.jit(derive(fg.trace(lambda x: jnp.sum(lax.erf_inv(x) * lax.erf_inv(x + 1)), x)))
     first = make().trace(x)
     assert calls
     calls.clear()
-    again = make().trace(x)
+    second = make().trace(x)
     assert not calls
-    assert_same_graph(again.jaxpr, first.jaxpr)
+    assert_same_graph(second.jaxpr, first.jaxpr)
 
 
 def test_numbers_and_constants_in_a_graph():
@@ -126,13 +126,13 @@ def test_what_a_user_passes_to_an_operation_is_not_kept():
             return np.asarray(v)
 
     held = Held()
-    here = weakref.ref(held)
+    reference = weakref.ref(held)
     f = lambda x, held=held: jnp.sum(x * jax.pure_callback(held, jax.typeof(x), lax.stop_gradient(x)))
     jax.jit(jax.grad(fg.trace(f, X))).trace(X)
     del f, held
     jax.clear_caches()
     gc.collect()
-    assert here() is None
+    assert reference() is None
 
 
 def test_a_rule_is_called_for_each_equation():

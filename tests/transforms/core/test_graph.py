@@ -85,13 +85,13 @@ def test_static_arguments_by_place_and_by_name(static, args, kwargs):
         return
     graph = fg.trace(takes, *args, static_argnums=numbers, static_argnames=names, **kwargs)
     left_out = {k % len(args) for k in numbers} | {"abc".index(n) for n in names if n in "abc"}
-    given = {**dict(zip("abc", args, strict=False)), **kwargs}
-    left = {n: v for n, v in given.items() if n not in names and ("abcde".index(n) not in left_out or n in "de")}
+    by_name = {**dict(zip("abc", args, strict=False)), **kwargs}
+    dynamic = {n: v for n, v in by_name.items() if n not in names and ("abcde".index(n) not in left_out or n in "de")}
     if len(args) <= 3:
-        got = graph(**left)
+        got = graph(**dynamic)
     else:
         got = graph(
-            *(v for k, v in enumerate(args) if k not in left_out), **{n: v for n, v in kwargs.items() if n in left}
+            *(v for k, v in enumerate(args) if k not in left_out), **{n: v for n, v in kwargs.items() if n in dynamic}
         )
     np.testing.assert_array_equal(got, takes(*args, **kwargs))
 

@@ -62,9 +62,9 @@ def test_paths():
 
 def sites(f, *args):
     """Every site of a program, as a predicate is asked."""
-    found = []
-    fg.tap(fg.trace(f, *args), where=lambda site: found.append(site))
-    return found
+    visited = []
+    fg.tap(fg.trace(f, *args), where=lambda site: visited.append(site))
+    return visited
 
 
 def scoped(x):
@@ -141,12 +141,12 @@ def test_where_is_a_pattern_or_a_predicate(verb, where):
 
 
 def test_what_a_sub_graph_holds_is_asked_once():
-    asked = []
-    probe = Probe(lambda site: asked.append(site.primitive) or site.primitive is lax.cos_p)
+    primitives = []
+    probe = Probe(lambda site: primitives.append(site.primitive) or site.primitive is lax.cos_p)
     jaxpr = jax.make_jaxpr(scoped)(X).jaxpr
     for _ in range(3):
         assert not probe.holds(jaxpr, ())
-    assert len(asked) == 3
+    assert len(primitives) == 3
     assert Probe(fg.op("sin")).holds(jaxpr, ())
     assert Probe("outer").holds(jaxpr, ())
     assert not Probe("outer").holds(jaxpr, ("outer",))  # nothing leaves the scope in it

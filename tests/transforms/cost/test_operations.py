@@ -55,10 +55,10 @@ def is_lowered(eqn):
 
 def evaluated(jaxpr, values, apply, number=lambda v: v.val):
     inner = jaxpr.jaxpr
-    known = dict(zip([*inner.constvars, *inner.invars], [*jaxpr.consts, *values], strict=True))
-    read = lambda v: number(v) if isinstance(v, Literal) else known[v]
+    environment = dict(zip([*inner.constvars, *inner.invars], [*jaxpr.consts, *values], strict=True))
+    read = lambda v: number(v) if isinstance(v, Literal) else environment[v]
     for eqn in inner.eqns:
-        known.update(zip(eqn.outvars, apply(eqn, list(map(read, eqn.invars))), strict=True))
+        environment.update(zip(eqn.outvars, apply(eqn, list(map(read, eqn.invars))), strict=True))
     return list(map(read, inner.outvars))
 
 
@@ -118,9 +118,9 @@ def counted_by_xla(graph):
 
     values = list(map(aval, flat.jaxpr.invars))
     lowered = jax.jit(program).lower(numbers, list(flat.consts), values)
-    found = lowered.cost_analysis() or {}
+    analysis = lowered.cost_analysis() or {}
     foreign = lowered.compiler_ir("hlo").as_hlo_text().count(" custom-call(")  # -1 each
-    return found.get("flops", 0) + foreign, found.get("transcendentals", 0)
+    return analysis.get("flops", 0) + foreign, analysis.get("transcendentals", 0)
 
 
 def compare(graph):
@@ -207,8 +207,8 @@ def test_bytes():
     assert (window.bytes_read, window.bytes_written) == (96, 96)
     update = fg.cost(lambda t, r: lax.dynamic_update_slice(t, r, (0, 0)), table, rows)
     assert (update.bytes_read, update.bytes_written) == (96, 96)
-    many = fg.cost(lambda x: lax.scan(lambda c, x: (c + x, None), jnp.zeros(8), x)[0], rows)
-    assert many.by("primitive")[0].work.bytes == 3 * 3 * 32
+    loop_cost = fg.cost(lambda x: lax.scan(lambda c, x: (c + x, None), jnp.zeros(8), x)[0], rows)
+    assert loop_cost.by("primitive")[0].work.bytes == 3 * 3 * 32
 
 
 def test_what_is_unknown_is_named_and_never_zero():
@@ -232,8 +232,8 @@ def test_a_pallas_kernel_costs_what_it_declares():
 
     assert list(fg.cost(f, X).unknown) == ["pallas_call(kernel)"]
     declared = pl.CostEstimate(flops=32, transcendentals=4, bytes_accessed=256)
-    known = fg.cost(lambda x: f(x, declared), X)
-    assert (known.flops, known.transcendentals, known.work.bytes, known.unknown) == (32, 4, 256, {})
+    cost = fg.cost(lambda x: f(x, declared), X)
+    assert (cost.flops, cost.transcendentals, cost.work.bytes, cost.unknown) == (32, 4, 256, {})
 
 
 def test_shards_count_on_all_devices():

@@ -86,8 +86,8 @@ def test_folding():
 
 
 def test_the_dict_is_json():
-    found = json.loads(json.dumps(fg.cost(two_scopes, W, X).dict()))
-    assert (found["flops"], found["transcendentals"], found["scope"]["a/b"]["work"]["flops"]) == (
+    fields = json.loads(json.dumps(fg.cost(two_scopes, W, X).dict()))
+    assert (fields["flops"], fields["transcendentals"], fields["scope"]["a/b"]["work"]["flops"]) == (
         3 * PRODUCT,
         32,
         PRODUCT,

@@ -39,9 +39,9 @@ def test_a_loop_of_unknown_length_counts_as_one_trip_and_says_so():
     assert "(loop)" in unknown.endless[0]
     assert "as one trip" in str(unknown)
     for trips in (7, {"solver": 7}, {"while": 7}, {"solver/while": 7}, "measured"):
-        known = fg.cost(loop, X, 7, trips=trips)
-        assert known.flops == 7 * step + 8
-        assert not known.endless
+        counted = fg.cost(loop, X, 7, trips=trips)
+        assert counted.flops == 7 * step + 8
+        assert not counted.endless
     assert fg.cost(loop, X, 7, trips=0).flops == 1
     with pytest.raises(ValueError, match=r"trips= names 'sover', where there is none[\s\S]*there are solver/while"):
         fg.cost(loop, X, 7, trips={"sover": 7})
@@ -84,11 +84,11 @@ def test_branches():
     f = lambda p, x: lax.cond(p, lambda x: x @ W @ W, lambda x: x @ W, x)
     branches = fg.cost(f, True, X)
     assert branches.flops == 2 * PRODUCT + 1  # the predicate becomes an index
-    (found,) = branches.branches
-    assert [w.flops for w in found.work] == [PRODUCT, 2 * PRODUCT]
-    assert found.weights == (0, 1)
-    for given in ((0.75, 0.25), {"cond": (0.75, 0.25)}):
-        assert fg.cost(f, True, X, probabilities=given).flops == 1.25 * PRODUCT + 1
+    (branch,) = branches.branches
+    assert [w.flops for w in branch.work] == [PRODUCT, 2 * PRODUCT]
+    assert branch.weights == (0, 1)
+    for probabilities in ((0.75, 0.25), {"cond": (0.75, 0.25)}):
+        assert fg.cost(f, True, X, probabilities=probabilities).flops == 1.25 * PRODUCT + 1
     with pytest.raises(ValueError, match=r"probabilities= gives \[1\] to a cond of 2 branches"):
         fg.cost(f, True, X, probabilities=(1,))
     with pytest.raises(ValueError, match=r"probabilities= names 'switch', where there is none"):

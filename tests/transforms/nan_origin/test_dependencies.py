@@ -53,8 +53,8 @@ def test_elements_that_an_element_is_computed_from(f, args):
         outputs = _jax.bind(eqn.primitive, eqn.params, values)
         floats = [k for k, x in enumerate(values) if dependencies.is_inexact(x)]
         if floats:
-            given = lambda some: [dict(zip(floats, some, strict=True)).get(k, x) for k, x in enumerate(values)]
-            of = lambda *some: _jax.bind(eqn.primitive, eqn.params, given(some))
+            operands = lambda some: [dict(zip(floats, some, strict=True)).get(k, x) for k, x in enumerate(values)]
+            of = lambda *some: _jax.bind(eqn.primitive, eqn.params, operands(some))
             jacobians = jax.jacrev(of, argnums=tuple(range(len(floats))))(*(values[k] for k in floats))
             for k, out in enumerate(outputs):
                 for index in np.ndindex(*out.shape):

@@ -40,8 +40,8 @@ COMPILED = "scan_in_scan", "while_in_lane", "custom_backward", "rematerialised",
 def test_thirty_faults(fault, way):
     origin = fg.nan_origin(WAYS[way](fault.program), *fault.args)
     assert origin.line.rsplit(" ", 1)[0] == f"{faults.__file__}:{fault.line}"
-    found = origin.kind, origin.phase, origin.derivative_of, origin.iterations, origin.lanes, origin.index
-    assert found == (fault.kind, fault.phase, fault.of, fault.iterations, fault.lanes, fault.index)
+    place = origin.kind, origin.phase, origin.derivative_of, origin.iterations, origin.lanes, origin.index
+    assert place == (fault.kind, fault.phase, fault.of, fault.iterations, fault.lanes, fault.index)
     assert origin.argument is None
     value = origin.result.values[0]
     assert np.isnan(value) if fault.kind == "nan" else np.isinf(value)

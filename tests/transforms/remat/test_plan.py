@@ -60,16 +60,16 @@ ORDERS = {
 def assert_monotone(f, args, order):
     """Of one planner; values aside."""
     planner, _ = planner_of(f, *args)
-    found = {}
+    by_limit = {}
     for part in order:
         before = len(planner.candidates)
         limit = int(part * planner.default.bytes)
-        found[limit] = planner.within_budget(limit)
+        by_limit[limit] = planner.within_budget(limit)
         assert len(planner.candidates) - before <= COMPILES
-        assert found[limit] is None or found[limit].bytes <= limit
-    sizes = [c.bytes for _, c in sorted(found.items()) if c]
+        assert by_limit[limit] is None or by_limit[limit].bytes <= limit
+    sizes = [c.bytes for _, c in sorted(by_limit.items()) if c]
     assert sizes == sorted(sizes)
-    assert len(sizes) == len([1 for limit in found if limit >= min(sizes)])  # what fits somewhere fits in all above
+    assert len(sizes) == len([1 for limit in by_limit if limit >= min(sizes)])  # what fits somewhere fits in all above
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,7 @@ def assert_keeps(f, memory):
     plan = fg.plan(f, W, X, memory=memory)
     assert plan.default_bytes == default(f, W, X)
     assert plan.compiled_bytes <= plan.limit_bytes == int(float(memory[:-1]) / 100 * plan.default_bytes)
-    again = temp_bytes(plan.graph, W, X)
-    assert again <= plan.compiled_bytes < plan.default_bytes
+    assert temp_bytes(plan.graph, W, X) <= plan.compiled_bytes < plan.default_bytes
     assert_close_values(plan.graph(W, X), jax.jit(jax.value_and_grad(f))(W, X))
 
 
@@ -349,8 +348,8 @@ def test_what_a_plan_says():
     flops, before = fg.cost(plan.graph).flops, fg.cost(jax.value_and_grad(f), W, X).flops
     assert plan.flops == flops > plan.default_flops == pytest.approx(before, rel=1e-3)
     assert plan.extra_flops == pytest.approx(flops / plan.default_flops - 1)
-    again = sum(part.flops for part in plan.recomputed)
-    assert 0 < again == pytest.approx(flops - before, rel=0.1)
+    recomputed_flops = sum(part.flops for part in plan.recomputed)
+    assert 0 < recomputed_flops == pytest.approx(flops - before, rel=0.1)
     assert 0 < sum(part.bytes for part in plan.saved) <= plan.compiled_bytes
     assert {part.where for part in plan.saved} <= {f"block_{k}" for k in range(6)}
     assert plan.predicted_bytes == pytest.approx(plan.compiled_bytes, rel=0.15)

@@ -303,11 +303,11 @@ def test_rules(is_scope):
 
 def test_closed_over_tracers(budget):
     """A wrapper that closes over tracers belongs to one trace; what it planned there is not taken in the next."""
-    here = {}
-    g = fg.grad(lambda w: scanned(w, here["x"]), memory="90%")
+    context = {}
+    g = fg.grad(lambda w: scanned(w, context["x"]), memory="90%")
 
     def outer(w, x, factor):
-        here["x"] = factor * x
+        context["x"] = factor * x
         return g(w)
 
     for factor in (1.0, 2.0):
@@ -323,9 +323,9 @@ def test_closed_over_tracers(budget):
 
 def test_donated(budget):
     step = jax.jit(lambda w, x: w - 0.1 * fg.grad(scanned, memory=budget)(w, x), donate_argnums=0)
-    given = W + 0
-    assert_close_values(step(given, X), jax.jit(lambda w, x: w - 0.1 * jax.grad(scanned)(w, x))(W, X))
-    assert given.is_deleted()
+    donated = W + 0
+    assert_close_values(step(donated, X), jax.jit(lambda w, x: w - 0.1 * jax.grad(scanned)(w, x))(W, X))
+    assert donated.is_deleted()
 
 
 # ------------------------------------------------------------------------------------------------ many devices

@@ -37,9 +37,9 @@ def scan(f):
     return f
 
 
-def planner_of(f, args, **given):
-    given = dict(argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=()) | given
-    return plan._planner(jax.value_and_grad, f, args, {}, given, None, {})
+def planner_of(f, args, **options):
+    options = dict(argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=()) | options
+    return plan._planner(jax.value_and_grad, f, args, {}, options, None, {})
 
 
 tanh = lambda w: lambda c, x: (jnp.tanh(c @ w) + x, jnp.sin(c))
@@ -62,8 +62,8 @@ def without_carry(w, xs):
 
 @scan
 def integers(w, xs):
-    def step(carry, given):
-        (n, h), (x, k) = carry, given
+    def step(carry, slices):
+        (n, h), (x, k) = carry, slices
         return (n + 1 + k, jnp.tanh(h @ w) * (n.astype(jnp.float32) / 16) + x), (n, h, k)
 
     (_, h), (ns, hs, _) = lax.scan(step, (jnp.int32(0), C), (xs, jnp.arange(12) % 3))
@@ -229,8 +229,8 @@ def assert_all_options(f, most):
     longest = max(map(len, options), default=1)
     for k in sorted({round(k) for k in np.linspace(0, longest - 1, most)}):
         traced = planner.trace(Config(tuple(o[min(k, len(o) - 1)] for o in options), Loops()))
-        made = planner._compiled(Proposal(traced, simulation.Choice(search.pinned(traced.joint)), 0.0, 0))
-        assert_close_values(planner.run(made, values), want)
+        candidate = planner._compiled(Proposal(traced, simulation.Choice(search.pinned(traced.joint)), 0.0, 0))
+        assert_close_values(planner.run(candidate, values), want)
 
 
 SAMPLE = (
@@ -265,8 +265,10 @@ def in_segments(f, args, lengths, saved, is_staged=True):
     planner, _ = planner_of(f, args, argnums=(0, 1))
     (only,) = planner.scans.values()
     choice = simulation.Choice(search.everything(only.joint) if saved is None else saved, is_staged=is_staged)
-    made = planner._compiled(Proposal(planner.trace(Config((Option(choice, lengths, 0, 0),), Loops())), None, 0.0, 0))
-    return lambda *values: planner.run(made, values)
+    candidate = planner._compiled(
+        Proposal(planner.trace(Config((Option(choice, lengths, 0, 0),), Loops())), None, 0.0, 0)
+    )
+    return lambda *values: planner.run(candidate, values)
 
 
 @pytest.mark.parametrize(
@@ -327,11 +329,11 @@ def test_scans_have_options():
 # ------------------------------------------------------------------------------------------------ any choice at all
 
 
-def assert_any_choice(f, args, given, rounds=4):
+def assert_any_choice(f, args, options_of_grad, rounds=4):
     """Whatever is kept and held, the values are right: the search cannot make them wrong."""
     draw = random.Random(0)
-    want = jax.jit(fg.value_and_grad(f, **given))(*args)
-    planner, values = planner_of(f, args, **given)
+    want = jax.jit(fg.value_and_grad(f, **options_of_grad))(*args)
+    planner, values = planner_of(f, args, **options_of_grad)
     scans = [s.options for s in planner.scans.values()]
     for k in range(rounds):
         chosen = tuple(draw.choice(o) for o in scans)
@@ -340,8 +342,8 @@ def assert_any_choice(f, args, given, rounds=4):
         saved = {v for v in nodes if draw.random() < (0, 0.5, 0.9, 0.2)[k]} | search.pinned(traced.joint)
         held = frozenset(v for v in nodes if draw.random() < 0.5) if k % 2 else None
         choice = simulation.Choice(frozenset(saved), held, is_staged=draw.random() < 0.7)
-        made = planner._compiled(Proposal(traced, choice, 0.0, 0))
-        got = planner.run(made, values)
+        candidate = planner._compiled(Proposal(traced, choice, 0.0, 0))
+        got = planner.run(candidate, values)
         shapes = lambda tree: jax.tree.map(lambda x: x.shape if x.dtype == jax.dtypes.float0 else x, tree)
         assert_close_values(shapes(got), shapes(want))
 

@@ -29,8 +29,8 @@ INNER = 64 * WIDE * 4
 
 
 def planner_of(f, *args):
-    given = dict(argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=())
-    return plan._planner(jax.value_and_grad, f, args, {}, given, None, {})[0]
+    options = dict(argnums=0, has_aux=False, holomorphic=False, allow_int=False, reduce_axes=())
+    return plan._planner(jax.value_and_grad, f, args, {}, options, None, {})[0]
 
 
 def searched(f, *args):
@@ -52,8 +52,8 @@ def test_what_is_read_on_the_way_alone_is_not_counted_together():
     choice = simulation.Choice(search.pinned(traced.joint))
     outcome = traced.search.simulate(choice, 0)
     assert INNER < outcome.peak < 2 * INNER
-    made = planner._compiled(Proposal(traced, choice, outcome.seconds, outcome.peak))
-    assert made.bytes == pytest.approx(outcome.peak, rel=0.2)
+    candidate = planner._compiled(Proposal(traced, choice, outcome.seconds, outcome.peak))
+    assert candidate.bytes == pytest.approx(outcome.peak, rel=0.2)
 
 
 @unrolled
@@ -98,14 +98,14 @@ def test_some_of_what_is_computed_again_is_held():
     """Between holding all of it, which does not fit, and nothing, which costs several times as much."""
     loss, args = resnet(depth=6, channels=16, size=16, batch=16)
     _, traced = searched(loss, *args)
-    found = traced.search
-    budget = 0.95 * min(found.simulate(s, 0).peak for s in found.starts if s.held is None)
-    choice, outcome = found.best(budget)
+    results = traced.search
+    budget = 0.95 * min(results.simulate(s, 0).peak for s in results.starts if s.held is None)
+    choice, outcome = results.best(budget)
     assert outcome.peak <= budget
     assert choice.held
-    extremes = [found.refilled(s, budget) for s in found.starts if s.held == frozenset()]
+    extremes = [results.refilled(s, budget) for s in results.starts if s.held == frozenset()]
     nothing = [
-        o.seconds for s in extremes if (o := found.simulate(s._replace(held=frozenset()), budget)).peak <= budget
+        o.seconds for s in extremes if (o := results.simulate(s._replace(held=frozenset()), budget)).peak <= budget
     ]
     assert outcome.seconds < 0.5 * min(nothing)
 
@@ -114,8 +114,8 @@ def test_a_smaller_budget_never_gets_a_cheaper_choice():
     loss, args = resnet(depth=4, channels=8, size=8, batch=4)
     _, traced = searched(loss, *args)
     whole = traced.search.simulate(simulation.Choice(search.everything(traced.joint)), 0).peak
-    found = [traced.search.best(part * whole) for part in np.linspace(0.2, 1, 9)]
-    seconds = [outcome.seconds for _, outcome in filter(None, found)]
+    results = [traced.search.best(part * whole) for part in np.linspace(0.2, 1, 9)]
+    seconds = [outcome.seconds for _, outcome in filter(None, results)]
     assert len(seconds) > 4
     assert all(more <= 1.05 * less for less, more in pairwise(seconds))
 

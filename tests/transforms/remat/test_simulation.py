@@ -45,34 +45,34 @@ def plain(program, sizes, choice):
     peak, seconds, computed = max(alive), 0.0, set()
     there, last, parts = dict.fromkeys(choice.saved, 0), {}, []
     for start, stop, reads in choice.stages(program):
-        made, todo = set(), [n for n in reads if n not in there]
+        values_now, todo = set(), [n for n in reads if n not in there]
         while todo:
             n = todo.pop()
             if n in there:
                 last[n] = start
-            elif n not in made:
-                made.add(n)
+            elif n not in values_now:
+                values_now.add(n)
                 todo += nodes[n].sources
-        seconds += sum(nodes[n].seconds for n in made if nodes[n].is_run or n in computed)
-        computed |= made
-        held = made if choice.held is None else made & choice.held
+        seconds += sum(nodes[n].seconds for n in values_now if nodes[n].is_run or n in computed)
+        computed |= values_now
+        held = values_now if choice.held is None else values_now & choice.held
         there |= dict.fromkeys(held, start)
         last |= dict.fromkeys(held, start) | reads
-        parts.append((start, stop, reads, made, held))
-    through = {n for start, _, reads, made, held in parts for n in held - reads.keys() if last[n] == start}
+        parts.append((start, stop, reads, values_now, held))
+    through = {n for start, _, reads, values_now, held in parts for n in held - reads.keys() if last[n] == start}
     alive = program.backward_bytes.astype(int).tolist()
     for n, start in there.items():
         for at in range(start, last.get(n, -1) + 1):
             alive[at] += sizes[n] * (n not in through)
-    for start, _, reads, made, held in parts:
-        for n in (made - held) & reads.keys():
+    for start, _, reads, values_now, held in parts:
+        for n in (values_now - held) & reads.keys():
             for at in range(start, reads[n] + 1):
                 alive[at] += sizes[n]
         # While it is computed: what is read by others of it alone dies with the last of these.
-        waiting = Counter(s for n in made for s in nodes[n].sources)
-        passing = {n for n in made - reads.keys() if n not in held or n in through}
+        waiting = Counter(s for n in values_now for s in nodes[n].sources)
+        passing = {n for n in values_now - reads.keys() if n not in held or n in through}
         live = most = 0
-        for n in sorted(made):
+        for n in sorted(values_now):
             live += nodes[n].bytes
             most = max(most, live)
             for s in nodes[n].sources:

@@ -392,8 +392,8 @@ def test_what_ends_a_scope_as_it_runs_and_as_it_is_traced(op, derivative):
 def test_forwarded_and_repeated_values():
     def f(x):
         with scope("a"):
-            same_x, y, again = jax.jit(lambda x: (x, jnp.sin(x), jnp.sin(x)))(x)
-        return same_x + y + again, y
+            same_x, y, z = jax.jit(lambda x: (x, jnp.sin(x), jnp.sin(x)))(x)
+        return same_x + y + z, y
 
     for form in FORMS:
         tapped = fg.tap(form_of(f, form, X), where="a")

@@ -366,9 +366,9 @@ def test_composites_of_other_names_are_others():
 def test_parameters_are_equal_to_the_bit(fill, count):
     rows = lax.GatherDimensionNumbers(offset_dims=(0,), collapsed_slice_dims=(0,), start_index_map=(0,))
     taken = lambda fill: lambda x: lax.gather(x, jnp.array([7]), rows, (1, 4), mode="fill", fill_value=fill)
-    found = lambda a, b: fg.replace(fg.trace(taken(a), X), taken(b), lambda x: jnp.full(4, 5.0)).count
-    assert found(-0.0, fill) == count
-    assert found(np.nan, float("nan")) == 1
+    matches = lambda a, b: fg.replace(fg.trace(taken(a), X), taken(b), lambda x: jnp.full(4, 5.0)).count
+    assert matches(-0.0, fill) == count
+    assert matches(np.nan, float("nan")) == 1
 
 
 def test_a_graph_that_was_traced_with_64_bits_in_part():

@@ -126,10 +126,10 @@ def by_hand(f):
 
     def tapped(*args):
         closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-        found = []
-        outputs = interpreted(closed, jax.tree.leaves(args), "", found)
+        entries = []
+        outputs = interpreted(closed, jax.tree.leaves(args), "", entries)
         counts, seen = Counter(), OrderedDict()
-        for name, *rest in found:
+        for name, *rest in entries:
             seen[f"{name}#{counts[name]}"] = rest[0] if len(rest) == 1 else tuple(rest)
             counts[name] += 1
         return jax.tree.unflatten(jax.tree.structure(shape), outputs), seen
@@ -137,7 +137,7 @@ def by_hand(f):
     return tapped
 
 
-def interpreted(closed, args, around, found):
+def interpreted(closed, args, around, entries):
     """The outputs of a jaxpr; (name, value) or (name, value, ran) of each equation is appended to `found`."""
     jaxpr = getattr(closed, "jaxpr", closed)
     consts = getattr(closed, "consts", ())
@@ -148,17 +148,17 @@ def interpreted(closed, args, around, found):
         values, kind, p = [read(v) for v in eqn.invars], eqn.primitive.name, eqn.params
         outputs = _jax.bind(eqn.primitive, p, values)
         if kind in ("jit", "remat2", "compute_on", "custom_jvp_call", "custom_vjp_call"):
-            interpreted(p.get("jaxpr", p.get("call_jaxpr")), values, path, found)
+            interpreted(p.get("jaxpr", p.get("call_jaxpr")), values, path, entries)
         elif kind == "scan":
-            found += scanned(p, values, path)
+            entries += scanned(p, values, path)
         elif kind == "cond":
             for k, branch in enumerate(p["branches"]):
                 inner = []
                 interpreted(branch, values[1:], path, inner)
-                found += [flagged(x, values[0] == k) for x in inner]
+                entries += [flagged(x, values[0] == k) for x in inner]
         elif kind == "while":
-            found += looped(p, values, path)
-        found.append(("/".join(filter(None, (path, kind))), outputs[0] if len(outputs) == 1 else tuple(outputs)))
+            entries += looped(p, values, path)
+        entries.append(("/".join(filter(None, (path, kind))), outputs[0] if len(outputs) == 1 else tuple(outputs)))
         env.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -192,7 +192,7 @@ def scanned(p, values, path):
 def looped(p, values, path):
     n, m = p["cond_nconsts"], p["body_nconsts"]
     cond, body, carry = values[:n], values[n : n + m], values[n + m :]
-    test = lambda found: interpreted(p["cond_jaxpr"], [*cond, *carry], path, found)[0]
+    test = lambda entries: interpreted(p["cond_jaxpr"], [*cond, *carry], path, entries)[0]
     last, ran = [], False
     if not test([]):
         interpreted(p["body_jaxpr"], [*body, *carry], path, last)
@@ -994,7 +994,7 @@ def test_a_graph_that_was_traced_with_64_bits_in_part():
 
 
 @pytest.mark.parametrize(
-    ("replace", "given"),
+    ("replace", "returned"),
     [
         (jnp.zeros(3), "float32[3]"),
         (lambda v: v[0], "float32[]"),
@@ -1005,7 +1005,7 @@ def test_a_graph_that_was_traced_with_64_bits_in_part():
     ],
 )
 @pytest.mark.parametrize("form", FORMS)
-def test_replacements_of_another_type(replace, given, form):
+def test_replacements_of_another_type(replace, returned, form):
     def f(x):
         with scope("a"):
             y = jnp.sin(x)
@@ -1015,7 +1015,7 @@ def test_replacements_of_another_type(replace, given, form):
         with pytest.raises(fg.GraphError) as e:
             fg.patch(form_of(f, form, X), where=where, replace=replace)(X)
         head, *at, hint = line(e)
-        assert head == f"replace= for a/sin returned {given} for float32[4]."
+        assert head == f"replace= for a/sin returned {returned} for float32[4]."
         if where == "a" or form == "function":  # else the line of whoever traced jnp.sin first
             assert re.fullmatch(rf"  at      {re.escape(__file__)}:\d+ \(.*f\)", at[0])
         assert hint == "  try     return as many values as the equation has outputs, of their shapes and dtypes"

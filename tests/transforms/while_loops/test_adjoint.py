@@ -29,7 +29,7 @@ def loop(w, x, n):
     return lax.while_loop(lambda t: t[0] < n, lambda t: (t[0] + 1, body(w, t[1])), (0, x))[1]
 
 
-def known(w, x, n):
+def counted(w, x, n):
     """As `loop`, in a form that JAX reverses."""
     return lax.scan(lambda x, _: (body(w, x), None), x, None, length=int(n))[0]
 
@@ -134,7 +134,7 @@ def test_cotangents_of_lanes_are_batched():
         steps = (0, 3, 7)
         if is_loop:
             return jax.vmap(lambda x, n: loop(W, x, n))(x, jnp.array(steps))
-        return jnp.stack([known(W, row, n) for row, n in zip(x, steps, strict=True)])
+        return jnp.stack([counted(W, row, n) for row, n in zip(x, steps, strict=True)])
 
     mixed = jax.random.normal(jax.random.key(8), (2, 3))
     f, by_hand = (lambda x, is_loop=is_loop: mixed @ run(is_loop, x) @ W for is_loop in (True, False))
@@ -250,7 +250,7 @@ def test_arrays_that_differ_in_the_middle_are_not_one():
 
 
 def test_jacobians():
-    f, by_hand = (lambda x, step=step: step(W, x, N) for step in (loop, known))
+    f, by_hand = (lambda x, step=step: step(W, x, N) for step in (loop, counted))
     assert_near(jax.jit(fg.jacrev(f, loops=SMALL))(X), jax.jacrev(by_hand)(X), 1e-4)
     assert_near(jax.jit(fg.jacfwd(f))(X), jax.jacfwd(by_hand)(X), 1e-4)
 

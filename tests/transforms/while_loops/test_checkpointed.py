@@ -32,7 +32,7 @@ def loop(w, x, n):
     return lax.while_loop(lambda t: t[0] < n, lambda t: (t[0] + 1, body(w, t[1])), (0, x))[1]
 
 
-def known(w, x, n):
+def counted(w, x, n):
     """As `loop`, in a form that JAX reverses."""
     return lax.scan(lambda x, _: (body(w, x), None), x, None, length=int(n))[0]
 
@@ -103,7 +103,7 @@ def in_shard_map(step, w, x):
 
 def with_own_jvp(step, w, x):
     f = jax.custom_jvp(lambda w, x: step(w, x, N))
-    f.defjvp(lambda primals, given: jax.jvp(lambda w, x: 2 * step(w, x, N), primals, given))
+    f.defjvp(lambda primals, tangents: jax.jvp(lambda w, x: 2 * step(w, x, N), primals, tangents))
     return f(w, x)
 
 
@@ -145,25 +145,25 @@ PLACES = {
 )
 def test_loops_are_reversed_wherever_they_stand(place):
     by_hand = {"scan": lambda w, x: (lambda a, b, c: (c, (x, x, a, b)))(
-        known(w, x, 1), known(w, known(w, x, 1), 2), known(w, known(w, known(w, x, 1), 2), 3)
-    )}.get(place, lambda w, x: PLACES[place](known, w, x))  # fmt: skip
+        counted(w, x, 1), counted(w, counted(w, x, 1), 2), counted(w, counted(w, counted(w, x, 1), 2), 3)
+    )}.get(place, lambda w, x: PLACES[place](counted, w, x))  # fmt: skip
     assert_same_gradient(lambda w, x: PLACES[place](loop, w, x), by_hand, W, X)
 
 
 def test_a_loop_in_a_loop():
-    assert_same_gradient(lambda w, x: in_a_loop(loop, w, x), lambda w, x: nested(known, w, x), W, X)
+    assert_same_gradient(lambda w, x: in_a_loop(loop, w, x), lambda w, x: nested(counted, w, x), W, X)
 
 
 def test_shards_of_a_mesh_may_differ_in_their_steps():
     """The cotangents of the weights that they share are summed once."""
-    by_hand = lambda w, x: [known(w, row, n) for row, n in zip([x, x + 1, x - 1, 2 * x], (3, 0, 5, 9), strict=True)]
+    by_hand = lambda w, x: [counted(w, row, n) for row, n in zip([x, x + 1, x - 1, 2 * x], (3, 0, 5, 9), strict=True)]
     want = jax.jit(jax.grad(lambda *a: total(by_hand(*a)), (0, 1)))(W, X)
     assert_near(gradient(functools.partial(in_shard_map, loop), W, X), want, 1e-4)
 
 
 def test_plain_jax_differentiates_a_differentiable_function():
     f = fg.differentiable(lambda w, x: total(loop(w, x, N)), loops=SMALL)
-    want = jax.jit(jax.grad(lambda w, x: total(known(w, x, N)), (0, 1)))(W, X)
+    want = jax.jit(jax.grad(lambda w, x: total(counted(w, x, N)), (0, 1)))(W, X)
     pulled = lambda w, x: jax.vjp(f, w, x)[1](1.0)
     for got in jax.jit(lambda w, x: (jax.grad(f, (0, 1))(w, x), jax.jacrev(f, (0, 1))(w, x), pulled(w, x)))(W, X):
         assert_near(got, want, 1e-4)
@@ -209,7 +209,7 @@ def test_dtypes(dtype):
     w, x = W.astype(dtype), X.astype(dtype)
     real = lambda step: lambda w, x: jnp.sum(jnp.real(step(w, x, N) * jnp.conj(step(w, x, N)))).astype(jnp.float32)
     got = jax.jit(fg.grad(real(loop), (0, 1), loops=SMALL))(w, x)
-    want = jax.jit(jax.grad(real(known), (0, 1)))(w, x)
+    want = jax.jit(jax.grad(real(counted), (0, 1)))(w, x)
     assert [x.dtype for x in got] == [dtype, dtype]
     assert_near(
         *(jax.tree.map(lambda x: x.astype(jnp.promote_types(dtype, jnp.float32)), t) for t in (got, want)), 3e-2
@@ -219,7 +219,7 @@ def test_dtypes(dtype):
 def test_double_precision():
     with jax.enable_x64(True):
         w, x = jnp.asarray(W, float), jnp.asarray(X, float)
-        want = jax.grad(lambda w, x: total(known(w, x, N)), (0, 1))(w, x)
+        want = jax.grad(lambda w, x: total(counted(w, x, N)), (0, 1))(w, x)
         assert_near(fg.grad(lambda w, x: total(loop(w, x, N)), (0, 1), loops=SMALL)(w, x), want, 1e-12)
 
 
@@ -240,7 +240,7 @@ def test_bounds_that_are_traced():
 
 def test_arguments_may_be_donated():
     f = jax.jit(fg.value_and_grad(lambda w, x: total(loop(w, x, N)), (0, 1), loops=SMALL), donate_argnums=(0, 1))
-    want = jax.value_and_grad(lambda w, x: total(known(w, x, N)), (0, 1))(W, X)
+    want = jax.value_and_grad(lambda w, x: total(counted(w, x, N)), (0, 1))(W, X)
     assert_near(f(jnp.copy(W), jnp.copy(X)), want, 1e-4)
 
 
@@ -431,10 +431,10 @@ def test_greedy_decoding():
             return state, token, score + log_p[token], k + 1
 
         state = jnp.zeros(8), jnp.argmax(jnp.zeros(5)) + 1, jnp.float32(0), 0
-        goes = lambda t: (t[1] != 0) & (t[3] < 20)
+        is_unfinished = lambda t: (t[1] != 0) & (t[3] < 20)
         if not unrolled:
-            return lax.while_loop(goes, step, state)[2]
-        while goes(state):
+            return lax.while_loop(is_unfinished, step, state)[2]
+        while is_unfinished(state):
             state = step(state)
         return state[2]
 

@@ -28,7 +28,7 @@ def test_the_body_is_computed_as_often_as_the_schedule_says(grid):
     def counted(x):
         return jax.pure_callback(lambda x: calls.update(["body"]) or np.sin(x), x, x)
 
-    counted.defjvp(lambda primals, given: ((out := counted(*primals)), given[0] * out))
+    counted.defjvp(lambda primals, tangents: ((out := counted(*primals)), tangents[0] * out))
     loops = fg.Loops(*grid)
 
     def f(x, n):
