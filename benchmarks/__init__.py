@@ -1,16 +1,16 @@
-"""What funcgrad costs and gains beside JAX: ratios, interleaved in one process.
+"""Costs and gains of funcgrad compared with JAX, as ratios of measurements that are interleaved in one process.
 
 python -m benchmarks [gradients dispatch training rewriting ...] [--json out.json] [--quick]
 python -m benchmarks --check
 
-A part is a module with a page of its own:
+Each part is a module with these names:
 
-    run(quick) -> rows      what was measured, a dict each; names carry units (`_us`, `_bytes`), ratios carry none
-    figures(rows)           what of it has a target
-    COLUMNS                 which of a row the table shows, and how
+    run(quick) -> rows      the measurements, one dict per row; names have a unit suffix (`_us`, `_bytes`), ratios have none
+    figures(rows)           the numbers that have a target
+    COLUMNS                 the columns of the printed table, with their formats
 
-`interleaving` says how things are timed; `__main__` picks parts, prints, and writes JSON. `bounds` is the table of all bounds
-that `check` holds; it ends with status 1 if one is missed.
+`interleaving` measures times. `__main__` selects the parts, prints the tables and writes JSON. `bounds` is the table of the
+bounds that `check` holds: the command ends with status 1 if a figure misses its bound.
 """
 
 import jax

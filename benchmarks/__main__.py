@@ -1,4 +1,4 @@
-"""Pick parts, run them, print their tables and what of them meets its target, and write all of it as JSON."""
+"""Run the selected parts, print their tables and targets, and write the results as JSON."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ PARTS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 1 where a check finds a bound that is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="funcgrad beside JAX.")
-    parser.add_argument("which", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all if none is named")
+    """Return the exit status: 1 if a check finds a figure out of its bounds."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Compare funcgrad with JAX.")
+    parser.add_argument("which", nargs="*", metavar="part", help=f"one of {', '.join(PARTS)}; all parts by default")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
-    parser.add_argument("--quick", action="store_true", help="whether it runs, in seconds; the figures say little")
+    parser.add_argument("--quick", action="store_true", help="a fast test of the code; the figures are not meaningful")
     parser.add_argument(
-        "--check", action="store_true", help="hold all bounds of benchmarks/bounds.py; 1 if one is missed"
+        "--check", action="store_true", help="check all bounds of benchmarks/bounds.py; status 1 if one is missed"
     )
     options = parser.parse_args(arguments)
     if unknown := {*options.which} - {*PARTS}:
@@ -82,7 +82,7 @@ def targets(title: str, figures: Sequence[Figure]) -> Table:
 
 
 def machine() -> dict[str, Any]:
-    """Where this runs."""
+    """The versions and the hardware of this machine."""
     return {
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,

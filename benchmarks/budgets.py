@@ -1,8 +1,9 @@
-"""Gradients within a budget, beside what one writes by hand with `jax.checkpoint`, on six models.
+"""Gradients within a memory budget, compared with handwritten uses of `jax.checkpoint`, on six models.
 
-By hand are no remat, every layer, products, all products but attention's, and segments of layers or of the steps of a scan, of
-several lengths. Budgets are parts of what no remat takes, and what each way by hand takes. FLOPs are held against the way by
-hand that fits with the fewest, time against the fastest that fits. On a GPU the models are larger.
+The handwritten variants are: no remat; remat of every layer; policies that save all products, or all products except
+those of attention; and segments of layers or scan steps, of several lengths. The budgets are fractions of the
+temporaries without remat, and the temporaries of each handwritten variant. FLOPs are compared with the variant that
+fits the budget with the fewest FLOPs, times with the fastest variant that fits. On a GPU, the models are larger.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ FORMS = "MLP", "transformer", "GPT"  # those that the figures for FLOPs are of
 
 
 class Way(NamedTuple):
-    """A gradient by hand, compiled."""
+    """A handwritten gradient, compiled."""
 
     name: str
     bytes: int
@@ -89,14 +90,14 @@ def compiled(name: str, loss: Callable, args: tuple) -> Way:
 
 
 def arrays(args: tuple) -> tuple:
-    """Arguments of these shapes, without a meaning."""
+    """Random arguments of the given shapes."""
     rng = np.random.default_rng(0)
     draw = lambda a: rng.normal(size=a.shape) * 0.05 if a.dtype == jnp.float32 else rng.integers(0, 10, a.shape)
     return jax.tree.map(lambda a: jnp.asarray(draw(a), a.dtype), args)
 
 
 def rnn(wrap: trainings.Wrap, segment: int = 1) -> tuple[Callable, tuple]:
-    """What compiles in no time."""
+    """A small program that compiles fast."""
     step = lambda w, carry, x: (jnp.tanh(carry @ w) + x, None)
     loss = lambda w, xs: jnp.sum(trainings.scanned(wrap, step, w, xs[0], xs, segment)[0] ** 2)
     return loss, (trainings.array(16, 16), trainings.array(12, 8, 16))
@@ -116,7 +117,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
 def measured(
     name: str, make: Callable, segments: tuple[int, ...], parts: tuple[float, ...], quick: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """A row per budget, and one for the smallest program of each kind; without a figure stands NaN. Quick: two ways by hand."""
+    """One row per budget, and one row for the smallest programs. Missing figures are NaN. `quick`: two handwritten variants."""
     loss, args = make(lambda layer: layer)
     ways = [
         compiled(way, *program) for way, *program in itertools.islice(by_hand(make, segments), 2 if quick else None)
@@ -156,7 +157,7 @@ def measured(
 
 
 def planned(loss: Callable, args: tuple, size: int) -> Any:
-    """The plan, or the error that says how small the smallest is."""
+    """The plan, or the error with the smallest budget."""
     try:
         return fg.plan(loss, *args, memory=size)
     except fg.BudgetError as error:
@@ -170,9 +171,9 @@ def figures(rows: list[dict[str, Any]]) -> list[Figure]:
         name = f"{row['model']} in {row['budget']:.0%}"
         if not math.isnan(row["hand_flops"]):
             targets.append(
-                Figure(f"{name}: FLOPs beside by hand", (1 + row["flops"]) / (1 + row["hand_flops"]), most=1.0)
+                Figure(f"{name}: FLOPs / FLOPs by hand", (1 + row["flops"]) / (1 + row["hand_flops"]), most=1.0)
             )
-            targets.append(Figure(f"{name}: time beside by hand", row["time"], most=1.03))
+            targets.append(Figure(f"{name}: time / time by hand", row["time"], most=1.03))
         if row["budget"] in MOST and row["model"].startswith(FORMS):
             targets.append(Figure(f"{name}: extra FLOPs", row["flops"], most=MOST[row["budget"]]))
-    return [*targets, Figure("models that get smaller than by hand", sum(smaller), least=min(4, len(smaller)))]
+    return [*targets, Figure("models with a smaller program than by hand", sum(smaller), least=min(4, len(smaller)))]

@@ -68,12 +68,12 @@ def large_graphs(quick: bool) -> Iterator[tuple[str, float]]:
     equations, rounds = (200, 1) if quick else (10_000, ROUNDS)
     sums = fg.trace(chain(lambda x: lax.add(lax.sin(x), x), equations), 1.0)
     replaced = lambda: fg.replace(sums, lambda a, b: jnp.sin(a) + b, lambda a, b: a - b)
-    yield "replace 5,000 matches in 10,000 equations, beside a trace", beside(replaced, retraced(sums), rounds)
+    yield "replace 5,000 matches in 10,000 equations / a trace", beside(replaced, retraced(sums), rounds)
 
     f, args = transformer(2 if quick else 12)
     layers = fg.trace(f, *args)
     replaced = lambda: fg.replace(layers, attention, jax.nn.dot_product_attention)
-    yield "replace the attention of 12 layers, beside a trace", beside(replaced, retraced(layers), rounds)
+    yield "replace the attention of 12 layers / a trace", beside(replaced, retraced(layers), rounds)
 
     x = jnp.ones((4, 8))
     products = fg.trace(chain(lambda x: jnp.sin(x) * x, equations), x)
@@ -82,9 +82,9 @@ def large_graphs(quick: bool) -> Iterator[tuple[str, float]]:
         table = fg.cost(products)
         str(table), table.timeline(), table.dict()
 
-    name = "cost of 10,000 equations with text and timeline, beside a trace"
+    name = "cost of 10,000 equations with text and timeline / a trace"
     yield name, beside(cost, retraced(products), rounds)
-    name = "temporaries of 10,000 equations, beside a trace"
+    name = "temporaries of 10,000 equations / a trace"
     tables = iter([fg.cost(products) for _ in range(rounds)])  # each computes them once
     yield name, beside(lambda: next(tables).temp_bytes, retraced(products), rounds)
 
@@ -98,7 +98,7 @@ def large_graphs(quick: bool) -> Iterator[tuple[str, float]]:
     gradient, args = jax.jit(jax.grad(loss)), (jnp.ones((5 if quick else 40, 8, 8)), jnp.ones((16, 8)))
     jax.block_until_ready(gradient(*args))
     trace = lambda: jax.jit(jax.grad(lambda ws, x: loss(ws, x))).trace(*args)
-    yield "nan_origin in 1,000 equations, beside a trace", beside(lambda: fg.nan_origin(gradient, *args), trace, rounds)
+    yield "nan_origin in 1,000 equations / a trace", beside(lambda: fg.nan_origin(gradient, *args), trace, rounds)
 
 
 def long_bodies(quick: bool) -> Iterator[tuple[str, float]]:
@@ -116,7 +116,7 @@ def long_bodies(quick: bool) -> Iterator[tuple[str, float]]:
     few_lines, many_lines = (10, 60) if quick else (80, 480)
     traced(few_lines)
     yield (
-        "gradient of a loop of 480 lines, beside one of 80",
+        "gradient of a loop of 480 lines / one of 80 lines",
         beside(lambda: traced(many_lines), lambda: traced(few_lines)),
     )
 
@@ -125,7 +125,7 @@ def devices(quick: bool) -> Iterator[tuple[str, float]]:
     a = jnp.ones((1024, 1024))
     product = jax.jit(jnp.dot).lower(a, a).compile()
     took_s = interleaved(lambda: product(a, a).block_until_ready(), rounds=5).wall_s.min()
-    yield "fg.machine: FLOP/s, beside those of a product", fg.machine().flops_per_s * took_s / (2 * 1024**3)
+    yield "fg.machine: FLOP/s / those of a product", fg.machine().flops_per_s * took_s / (2 * 1024**3)
     device.cache_bytes.cache_clear()
     start_s = time.perf_counter()
     device.cache_bytes()
@@ -137,7 +137,7 @@ def kernels(quick: bool) -> Iterator[tuple[str, float]]:
     looped = lambda w, x: jnp.sum(lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=7)[0])
     compiled = fg.compiled(looped, w, x)
     (product,) = (kernel for kernel in compiled.kernels if kernel.kind == "matmul")
-    name = "compiled: time of a loop's product, beside that of the program"
+    name = "compiled: time of a loop's product / that of the program"
     yield name, product.elapsed_s / compiled.elapsed_s
 
     models = (trainings.mlp,) if quick else (trainings.mlp, trainings.transformer, trainings.lstm, trainings.resnet)
@@ -153,7 +153,7 @@ def kernels(quick: bool) -> Iterator[tuple[str, float]]:
 
 def studies(quick: bool) -> Iterator[tuple[str, float]]:
     times = fg.study(lambda x: jnp.sum(jnp.sin(x) * 2), jnp.ones((3, 4))).times
-    yield "study: first call, beside a compiled call", times.first_s / times.compiled_s
+    yield "study: first call / a compiled call", times.first_s / times.compiled_s
 
 
 IMPORTS = """
@@ -177,7 +177,7 @@ def processes() -> Iterator[tuple[str, float]]:
             ).stdout
 
         # The least: whatever else runs only adds.
-        yield "import of funcgrad, beside that of jax", min(float(output("-c", IMPORTS)) for _ in range(5))
+        yield "import of funcgrad / that of jax", min(float(output("-c", IMPORTS)) for _ in range(5))
         for name in ("digits", "adaptive_ode", "charlm", "budget"):
             start_s = time.perf_counter()
             output(str(ROOT / "examples" / f"{name}.py"))

@@ -1,8 +1,9 @@
-"""`vmap`, `jacrev` and `hessian` within a budget, beside all lanes at once and beside `jax.lax.map(batch_size=...)`.
+"""`vmap`, `jacrev` and `hessian` within a memory budget, compared with all lanes at once and with `jax.lax.map`.
 
-By hand one would try sizes: here the five largest powers of two with which `lax.map` keeps the budget, and the fastest of them is
-what `time` compares with, and `cpu` in CPU seconds. `memory` is the temporaries that XLA allocates, beside the budget, and
-`choosing_s` the first call, with all that is traced and compiled to choose. At 100% the plain program stands beside it.
+The handwritten variants are `lax.map(batch_size=...)` with the five largest powers of two that fit the budget. `time`
+is the ratio to the fastest of them in wall seconds, `cpu` in CPU seconds. At 100 %, both are ratios to the plain
+program. `memory` is the temporaries that XLA allocates, divided by the budget. `choosing_s` is the time of the first
+call, which traces and compiles to choose the chunk size.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Mapped(NamedTuple):
     """A program in three forms.
 
     Attributes:
-      ours: budget -> function of `x`; None for no budget.
-      by_hand: size of a chunk -> function of `x`.
+      ours: from a budget to a function of `x`; None is no budget.
+      by_hand: from a chunk size to a function of `x`.
     """
 
     name: str
@@ -134,7 +135,7 @@ def temp_bytes(f: Callable, x: Any) -> int:
 
 
 def measured(p: Mapped, memory: str, quick: bool) -> dict[str, Any]:
-    """A row; where the budget does not bind, the plain program is what one has by hand."""
+    """One row. If the budget is 100 %, the plain program is the handwritten variant."""
     budget = temp_bytes(p.plain, p.x) * float(memory[:-1]) / 100
     start_s = time.perf_counter()
     ours = p.ours(memory)
@@ -173,8 +174,8 @@ def measured(p: Mapped, memory: str, quick: bool) -> dict[str, Any]:
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
     bound = [row for row in rows if row["budget"] != "100%"]
     return [
-        Figure("memory beside the budget, most", max(row["memory"] for row in rows), most=1.0),
-        Figure("time beside the best by hand, geomean", geomean(row["time"] for row in bound), most=1.05),
-        Figure("time beside the best by hand, most", max(row["time"] for row in bound), most=1.05),
-        Figure("time without a budget that binds, most", max(r["time"] for r in rows if r not in bound), most=1.05),
+        Figure("memory / budget, maximum", max(row["memory"] for row in rows), most=1.0),
+        Figure("time / best time by hand, geomean", geomean(row["time"] for row in bound), most=1.05),
+        Figure("time / best time by hand, maximum", max(row["time"] for row in bound), most=1.05),
+        Figure("time / plain time at 100 %, maximum", max(r["time"] for r in rows if r not in bound), most=1.05),
     ]

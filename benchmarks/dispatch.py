@@ -1,7 +1,8 @@
-"""What a call costs: `fg.jit` beside `jax.jit`, with 2 and with 200 leaves.
+"""The cost of a call: `fg.jit` compared with `jax.jit`, with 2 and with 200 leaves.
 
-A hit is a call that JAX dispatches from its cache. A nested call is one inside another trace, a callback one to a
-function with effects: JAX dispatches neither from its cache, so the watch of `fg.jit` runs each time.
+"hit" is a call that JAX dispatches from its cache. "nested" is a call inside another trace. "callback" is a call of a
+function with effects. JAX does not dispatch the last two from its cache, so the Python code of `fg.jit` runs at each of
+these calls.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ def measured(call: Callable, leaves: int, rounds: int, turn_s: float) -> dict[st
 
 
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
-    """What has no target: a nested call, where tracing costs far more, and a callback."""
+    """Only hits have a target. In a nested call, tracing costs far more than dispatch."""
     return [
-        figure(f"hit with {row['leaves']} leaves: more than jax.jit, us", row["difference_us"])
+        figure(f"hit with {row['leaves']} leaves: extra time over jax.jit, us", row["difference_us"])
         for row in rows
         if row["call"] == "hit"
     ]

@@ -1,6 +1,7 @@
-"""How often the body of a `while` loop is computed for its gradient: counted, beside equinox's checkpointed loop.
+"""The number of body evaluations in the gradient of a `while` loop, compared with equinox's checkpointed loop.
 
-equinox keeps 32 states. funcgrad keeps as many and no residuals, or 28 and the residuals of 16 steps (`benchmarks.loops`).
+equinox stores 32 states. funcgrad stores 32 states and no residuals, or 28 states and the residuals of 16 steps (see
+`benchmarks.loops`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
 
 
 def counted(by: Callable[[Step], Callable], steps: int) -> int:
-    """How often the body is computed."""
+    """The number of evaluations of the body."""
     calls = []
 
     @jax.custom_jvp
@@ -53,4 +54,4 @@ def counted(by: Callable[[Step], Callable], steps: int) -> int:
 
 
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
-    return [Figure("as many checkpoints: most", max(row["ratio"] for row in rows), most=1.0)]
+    return [Figure("evaluations / those of equinox, maximum", max(row["ratio"] for row in rows), most=1.0)]

@@ -1,9 +1,10 @@
-"""`fg.nan_origin` beside `jax_debug_nans` and `checkify`: how many of the faults of `tests/faults.py` each names.
+"""`fg.nan_origin` compared with `jax_debug_nans` and `checkify`: how many faults of `tests/faults.py` each tool locates.
 
-Every program runs as a function and jitted. A tool has named the line if that is anywhere in what it raises: in the message or
-in a traceback, those of its causes among them. `jax_debug_nans` is tried alone and with `jax_debug_infs`, and what is better
-counts. It has named the iteration and the lane if the line is named, and there are none or its message has their numbers behind
-their words.
+Every program runs as a plain function and jitted. A tool locates the line if the line occurs anywhere in its error: in
+the message, in the traceback, or in those of the causes. `jax_debug_nans` runs with and without `jax_debug_infs`; the
+better result counts. A tool locates the iteration and the lane if it locates the line, and if its message has their
+numbers after the words "iteration", "step", "index" or the name of the loop. A fault without iterations and lanes needs
+only the line.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def raised(run: Callable[[], None]) -> Exception | None:
 
 
 def level_of(fault: Fault, error: Exception | None) -> int:
-    """How much of a fault an exception names, as a place in NAMED."""
+    """How precisely an exception locates a fault, as an index into NAMED."""
     text, lines = "", set()
     while error is not None:
         text += str(error)
@@ -91,15 +92,15 @@ def level_of(fault: Fault, error: Exception | None) -> int:
 
 
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
-    """How many each names: in both forms, beside all that there are."""
+    """The number of faults that each tool locates in both forms."""
     faults = {row["fault"] for row in rows}
     worst = lambda tool, name: min(NAMED.index(row[tool]) for row in rows if row["fault"] == name)
     count = lambda tool, level: sum(worst(tool, name) >= level for name in faults)
     return [
-        Figure("named to the line and iteration by nan_origin", count("ours", 2), least=len(faults)),
+        Figure("located to the line and iteration by nan_origin", count("ours", 2), least=len(faults)),
         *(
             Figure(
-                f"named to the {what} by {tool}",
+                f"located to the {what} by {tool}",
                 count(tool, level),
                 most=len(faults) - 1 if level == 2 else len(faults),
             )

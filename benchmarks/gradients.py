@@ -1,13 +1,13 @@
-"""`fg.grad` beside `jax.grad` on every program of `tests/corpus.py` that has a gradient: given a function, and its Graph.
+"""`fg.grad` of a function and of its Graph, compared with `jax.grad`, on the programs of `tests/corpus.py`.
 
-Tracing is timed as the user pays for it: `jax.jit(fg.grad(f)).trace(...)`, and `jax.jit(fg.grad(fg.trace(f, ...))).trace(...)`
-for a Graph. Cold is the first time in a process: JAX has traced and differentiated nothing yet. Warm is the second time, when
-JAX finds again what `f` holds of jitted functions (most of jax.numpy), but neither `f` nor its Graph.
+The tracing time is the time that a user waits: `jax.jit(fg.grad(f)).trace(...)`, and
+`jax.jit(fg.grad(fg.trace(f, ...))).trace(...)` for a Graph. "cold" is a trace with empty JAX caches. "warm" is a later
+trace: JAX's caches contain the jitted functions that `f` calls (most of jax.numpy), but neither `f` nor its Graph.
 
-Times are CPU seconds: the programs are tiny, and most of them run in the calling thread.
+Times are CPU seconds, because the programs are tiny and most of them run in the calling thread.
 
-What is compiled must be JAX's own program: as many of each operation, before XLA's passes (StableHLO) and after them (HLO),
-and as many bytes of temporaries.
+The compiled program must be equal to JAX's own program: the same number of each operation, before XLA's passes
+(StableHLO) and after them (HLO), and the same bytes of temporaries.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
 
 
 def gradients(p: Program) -> list[Callable[[], Any]]:
-    """What makes the jitted gradient anew: JAX's, then ours of each form."""
+    """Functions that each create a new jitted gradient: JAX's, then ours in each form."""
     namespaces = [(jax, "function"), *((fg, form) for form in FORMS)]
     return [lambda m=m, form=form: jax.jit(GRAD.of(m, p, form)) for m, form in namespaces]
 
@@ -81,7 +81,7 @@ def traced(p: Program, rounds: int) -> list[dict[str, Any]]:
 
 
 def compiled(p: Program, jitted: list[Any]) -> list[dict[str, Any]]:
-    """What differs from JAX's program, before and after XLA's own passes."""
+    """The differences from JAX's program, before and after XLA's passes."""
     lowered = [f.lower(*p.args) for f in jitted]
     programs = [program.compile() for program in lowered]
     stablehlo, hlo = map(opcode_counts, lowered), map(opcode_counts, programs)
@@ -113,7 +113,7 @@ def ran(p: Program, jitted: list[Any], rounds: int, turn_s: float) -> list[dict[
 
 
 def difference(got: Counter, want: Counter) -> str:
-    """'same', or how many more and fewer of which operations."""
+    """'same', or the difference in the count of each operation."""
     changes = {name: got[name] - want[name] for name in sorted(got | want) if got[name] != want[name]}
     return " ".join(f"{name} {change:+d}" for name, change in changes.items()) or "same"
 
@@ -126,8 +126,8 @@ def figures(rows: list[dict[str, Any]]) -> list[Figure]:
             figure(f"{form}: run, geomean", geomean(row["run"] for row in of_form)),
             figure(f"{form}: cold trace, geomean", geomean(row["cold"] for row in of_form)),
             figure(f"{form}: warm trace, geomean", geomean(row["warm"] for row in of_form)),
-            figure(f"{form}: programs of other StableHLO", sum(row["stablehlo"] != "same" for row in of_form)),
-            figure(f"{form}: programs of other HLO", sum(row["hlo"] != "same" for row in of_form)),
-            figure(f"{form}: programs of other temporaries", sum(row["temp_bytes"] != 0 for row in of_form)),
+            figure(f"{form}: programs with different StableHLO", sum(row["stablehlo"] != "same" for row in of_form)),
+            figure(f"{form}: programs with different HLO", sum(row["hlo"] != "same" for row in of_form)),
+            figure(f"{form}: programs with different temporaries", sum(row["temp_bytes"] != 0 for row in of_form)),
         ]
     return figures

@@ -1,7 +1,8 @@
-"""Ways to do the same take turns in one process. They are compared turn by turn, and the median of the ratios counts.
+"""Interleaved timing: several variants of a computation take turns in one process.
 
-What else runs on the machine then slows both. CPU seconds, those of all threads of this process, leave out the time in
-which others had the core, so they are the steadier; wall seconds are what a person waits for.
+Each turn gives a ratio, and the result is the median of the ratios. So other work on the machine slows all variants
+alike. CPU seconds are those of all threads of this process. They exclude the time in which other processes use the
+core, so they vary less. Wall seconds are the time that a user waits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Took:
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that has a target: to lie between `least` and `most`."""
+    """A number with a target: it must lie between `least` and `most`."""
 
     name: str
     value: float
@@ -52,12 +53,12 @@ def interleaved(
     within_s: float = math.inf,
     least: int = 3,
 ) -> Took:
-    """Time each way in each round, in one order and then in the other.
+    """Time each variant once per round. The order of the variants alternates between rounds.
 
     Args:
-      calls: how often a way is called in its turn.
-      before: called before each turn, untimed.
-      within_s: after `least` rounds, no other is begun once so long has passed.
+      calls: number of calls of a variant in its turn.
+      before: called before each turn; its time does not count.
+      within_s: time limit in seconds. After `least` rounds, no new round starts beyond the limit.
     """
     started_s, rounds_s = time.perf_counter(), []
     while len(rounds_s) < rounds and (len(rounds_s) < least or time.perf_counter() - started_s < within_s):
@@ -74,14 +75,14 @@ def interleaved(
 
 
 def calls_within(seconds: float, way: Callable[[], Any]) -> int:
-    """How many calls take about so long, at least 1."""
+    """The number of calls that take about `seconds`, at least 1."""
     way()  # compiles
     once_s = interleaved(way, rounds=3, within_s=seconds, least=1).wall_s.min()
     return max(1, int(seconds / once_s))
 
 
 def ratio(ours_s: np.ndarray, theirs_s: np.ndarray) -> float:
-    """The median over the rounds."""
+    """The median of the ratios over the rounds."""
     return float(np.median(ours_s / theirs_s))
 
 

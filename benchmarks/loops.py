@@ -1,9 +1,10 @@
-"""Reverse mode through a `while` loop: `fg.grad` beside equinox's checkpointed loop, and beside `scan` of a known length.
+"""Reverse mode through a `while` loop: `fg.grad` compared with equinox's checkpointed loop and with a `scan`.
 
-Every row is one loop: its body, the floats of its state and its number of steps, which the program does not know. equinox
-(Kidger 2021, `equinox.internal.while_loop`, after Stumm & Walther 2010) keeps 32 states; funcgrad, in no more memory, 28 and the
-residuals of 16 steps, and beside `scan`, which keeps those of all steps, what it keeps by default. Temporaries are what XLA says
-that it allocates. The last rows are a batch of unequal loops, each with its gradient, and the gradient of a gradient.
+Every row is one loop with its body, the number of floats in its state, and its number of steps. The program does not
+know the number of steps. equinox (Kidger 2021, `equinox.internal.while_loop`, after Stumm & Walther 2010) stores 32
+states. funcgrad uses no more memory: it stores 28 states and the residuals of 16 steps. In the comparison with a `scan`
+of known length, which stores the residuals of all steps, funcgrad uses its defaults. Temporaries are those that XLA
+reports. The last rows are a batch of loops of unequal length, and the gradient of a gradient.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def matmul(w: Any, x: Any) -> Any:
 
 
 def arguments(body: Step, floats: int) -> tuple[Any, Any]:
-    """The weights and the first state: a vector, or rows of 32 for a matrix."""
+    """The weights and the initial state: a vector for `elementwise`, rows of 32 for `matmul`."""
     if body is elementwise:
         return jnp.full(floats, 0.9), jnp.linspace(0, 1, floats)
     rng = np.random.default_rng(0)
@@ -90,19 +91,19 @@ def run(quick: bool) -> list[dict[str, Any]]:
 
 
 def beside_scan(floats: int, steps: int, quick: bool) -> list[dict[str, Any]]:
-    """As many steps as a scan, which saves all of them."""
+    """The same number of steps as a scan, which stores the residuals of all steps."""
     ways = lambda: (by_funcgrad(matmul, fg.Loops()), by_scan(matmul, steps))
     return measured(matmul, floats, [steps], "scan", ways, arguments(matmul, floats), quick)
 
 
 def beside_equinox(body: Step, floats: int, steps: Sequence[int], quick: bool) -> list[dict[str, Any]]:
-    """With about as many checkpoints."""
+    """With about the same number of checkpoints as equinox."""
     ways = lambda: (by_funcgrad(body, fg.Loops(28, 16)), by_equinox(body, CHECKPOINTS))
     return measured(body, floats, steps, "equinox", ways, arguments(body, floats), quick)
 
 
 def of_lanes_and_second_order(lanes: int, quick: bool) -> list[dict[str, Any]]:
-    """A batch of unequal loops beside equinox, and the gradient of a gradient beside the gradient."""
+    """A batch of unequal loops compared with equinox, and the gradient of a gradient compared with the gradient."""
     w, x = arguments(matmul, 1024)
     batched = lambda f: jax.jit(jax.vmap(f, (None, 0, 0)))
     ways = lambda: (batched(by_funcgrad(matmul, fg.Loops(28, 16))), batched(by_equinox(matmul, CHECKPOINTS)))
@@ -114,7 +115,7 @@ def of_lanes_and_second_order(lanes: int, quick: bool) -> list[dict[str, Any]]:
 
 
 def of_second_order() -> tuple[Callable, Callable]:
-    """The gradient of a gradient, and the gradient."""
+    """The gradient of a gradient, and the gradient itself."""
     first = by_funcgrad(elementwise, fg.Loops())
     squared = lambda w, x, steps: sum(jnp.sum(g**2) for g in first(w, x, steps))
     return jax.jit(fg.grad(squared, (0, 1))), first
@@ -129,7 +130,7 @@ def measured(
     args: tuple,
     quick: bool,
 ) -> list[dict[str, Any]]:
-    """A row for each number of steps; both ways, ours first, are traced and compiled once for all of them."""
+    """One row per number of steps. Both variants, ours first, are traced and compiled once for all rows."""
     rows = []
     inputs = [(*args, np.asarray(steps, np.int32)) for steps in lengths]
     tracing = interleaved(*(lambda k=k: make()[k].trace(*inputs[0]) for k in (0, 1)), rounds=1 if quick else 9).cpu_s
@@ -161,16 +162,16 @@ def measured(
 
 
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
-    """Of what was measured; a quick run leaves some out."""
+    """The targets of the measured rows. A quick run does not measure all rows."""
     targets: list[tuple[str, Callable, str, str, float]] = [
-        ("time beside equinox, geomean", geomean, "equinox", "time", 0.5),
-        ("time beside equinox, most", max, "equinox", "time", 0.8),
-        ("memory beside equinox, most", max, "equinox", "memory", 1.0),
-        ("time beside scan, most", max, "scan", "time", 1.15),
-        ("memory beside scan, most", max, "scan", "memory", 0.05),
-        ("time to trace beside scan, most", max, "scan", "trace", 3.0),
-        ("time of a batch beside equinox", max, "lanes", "time", 0.8),
-        ("memory of second order beside first", max, "first order", "memory", 4.0),
+        ("time / time of equinox, geomean", geomean, "equinox", "time", 0.5),
+        ("time / time of equinox, maximum", max, "equinox", "time", 0.8),
+        ("memory / memory of equinox, maximum", max, "equinox", "memory", 1.0),
+        ("time / time of scan, maximum", max, "scan", "time", 1.15),
+        ("memory / memory of scan, maximum", max, "scan", "memory", 0.05),
+        ("tracing time / tracing time of scan, maximum", max, "scan", "trace", 3.0),
+        ("time of a batch / time of equinox", max, "lanes", "time", 0.8),
+        ("memory of second order / first order", max, "first order", "memory", 4.0),
     ]
     results = []
     for name, together, beside, what, most in targets:

@@ -1,4 +1,4 @@
-"""Four models: of `fg.nn`, and the same maths on the same params by hand, in plain JAX."""
+"""Four models, each twice: with `fg.nn`, and handwritten in plain JAX with the same mathematics and parameters."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ CHARACTERS, FEATURES, HEADS, BLOCKS, TIME = 64, 128, 4, 4, 128
 
 @dataclass(frozen=True)
 class Model:
-    """A layer, the same by hand, and what to train it on.
+    """A layer, the same function handwritten, and the shapes of its training data.
 
     Attributes:
-      by_hand: `(params, x) -> logits`, on the layer's own params.
-      x: shape of an input; of int32 where it holds characters.
-      labels: shape of the labels, whole numbers below 10.
-      chunk: steps per dispatch that are tried besides 1.
-      steps: how many are timed.
-      auto_steps: how many with chunk="auto"; so many that longer chunks are tried, or none where a step is too long to gain.
+      by_hand: `(params, x) -> logits`, with the parameters of the layer.
+      x: shape and dtype of an input; int32 for characters.
+      labels: shape of the labels, integers below 10.
+      chunk: number of steps per dispatch to compare with 1.
+      steps: number of timed steps.
+      auto_steps: number of timed steps with chunk="auto", enough to try longer chunks. 0 if the steps are too long to gain.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Model:
         return jax.jit(lambda key: self.layer.init(key, self.x)[0])(jax.random.key(0))
 
     def batches(self, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Inputs and labels without a meaning."""
+        """Random inputs and labels."""
         rng = np.random.default_rng(0)
         is_text = self.x.dtype == jnp.int32
         draw = lambda: rng.integers(0, CHARACTERS, self.x.shape) if is_text else rng.normal(size=self.x.shape)
@@ -53,7 +53,7 @@ class Model:
 
 
 def dense(params, x):
-    """As a product of two matrices, which XLA:CPU runs faster than a batch of them."""
+    """A dense layer as one product of two matrices. XLA for CPU runs it faster than a batch of products."""
     y = x.reshape(-1, x.shape[-1]) @ params["w"]
     return y.reshape(*x.shape[:-1], y.shape[-1]) + params["b"]
 

@@ -1,7 +1,8 @@
-"""`fg.tape`: what recording costs per operation, and its gradient beside `jax.grad` run eagerly.
+"""`fg.tape`: the cost of recording per operation, and its gradient compared with an eager `jax.grad`.
 
-`more_us` is what an operation takes more on an open tape. `grad` is the gradient by the tape, of what is on it already, beside
-that by `jax.grad`; `with_recording` counts the run on the tape too, as JAX's gradient runs the function.
+`more_us` is the extra time of an operation on an open tape. `grad` is the time of the tape's gradient divided by the
+time of `jax.grad`; the operations are already on the tape. `with_recording` also includes the recorded run, because
+`jax.grad` runs the function too.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def measured(name: str, count: int, quick: bool) -> dict[str, Any]:
 
 
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
-    """What has no target: recording what jax.numpy jits, which is dispatched in Python then."""
+    """Operations of jax.numpy have no recording target: they are jitted, and a tape dispatches them in Python."""
     of_lax = [r for r in rows if r["operation"].startswith("lax.")]
-    recorded = [figure(f"{r['operation']}: more per operation, us", r["more_us"]) for r in of_lax]
-    return recorded + [figure(f"{r['operation']}: gradient beside jax.grad", r["grad"]) for r in rows]
+    recorded = [figure(f"{r['operation']}: extra time per operation, us", r["more_us"]) for r in of_lax]
+    return recorded + [figure(f"{r['operation']}: gradient / jax.grad", r["grad"]) for r in rows]

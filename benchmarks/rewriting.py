@@ -1,8 +1,8 @@
-"""An identity `rewrite` of 10,000 equations: a rule that binds each of them as it was.
+"""An identity `rewrite` of 10,000 equations: the rule binds each equation unchanged.
 
-`flat` is a chain of 10,000 equations; `nested` has the same ones in 100 loops of 100. Cold is the first rewrite of a graph by
-a table of rules; warm a later one, which finds what the table keeps of sub-graphs. The reference is JAX's own way through a
-graph, to evaluate it under `jax.make_jaxpr`, which does not enter sub-graphs.
+`flat` is a chain of 10,000 equations. `nested` has the same equations in 100 loops of 100. "cold" is the first rewrite
+of a graph with a table of rules. "warm" is a later rewrite, which reuses the rewritten sub-jaxprs that the table
+stores. The reference is JAX's own evaluation of the graph under `jax.make_jaxpr`, which does not enter sub-jaxprs.
 """
 
 from __future__ import annotations

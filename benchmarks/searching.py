@@ -1,6 +1,6 @@
-"""How long it takes to search what a budget keeps: CPU seconds of one search, of unrolled transformers, nothing compiled.
+"""CPU seconds of one search for the residuals that fit a budget, for unrolled transformers, without compilation.
 
-A budget takes a few searches, each for the bytes that what was compiled before leaves to aim at.
+A budget needs a few searches. Each search adjusts its target bytes to the measurements of the programs compiled before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
 
 
 def measured(depth: int, parts: tuple[float, ...], rounds: int) -> list[dict[str, Any]]:
-    """A row per budget, a part of what everything kept comes to; the best of some rounds, and what is computed again."""
+    """One row per budget, a fraction of the peak without recomputation: best search time, and recomputation seconds."""
     loss, args = trainings.transformer(lambda layer: layer, depth=depth)
     leaves, tree = jax.tree.flatten((args, {}))
     options = dict(argnums=0, has_aux=False, holomorphic=False)
@@ -55,5 +55,5 @@ def figures(rows: list[dict[str, Any]]) -> list[Figure]:
     for equations in sorted({row["equations"] for row in rows}):
         seconds = max(row["cpu_s"] for row in rows if row["equations"] == equations)
         most = min(most for largest, most in MOST_S.items() if equations <= largest)
-        found.append(Figure(f"{equations:,} equations: CPU seconds of a search, most", seconds, most=most))
+        found.append(Figure(f"{equations:,} equations: CPU seconds of a search, maximum", seconds, most=most))
     return found

@@ -1,11 +1,13 @@
-"""Steps/s of `fg.train` over a loop written by hand, on four models.
+"""Steps per second of `fg.train`, divided by those of a handwritten loop, on four models.
 
-Ours is a model of `fg.nn` with `fg.step` and `fg.train`. By hand are the same maths on the same params in plain JAX, Adam
-from optax, the state donated, and the faster of one step per dispatch and `lax.scan` over batches stacked in the program.
-What `train` does besides (copying the state, looking for NaN, choosing the chunk) counts; compilation does not.
+Our variant is a model of `fg.nn` with `fg.step` and `fg.train`. The handwritten variant has the same mathematics and
+parameters in plain JAX, with Adam from optax and a donated state. It uses the faster of one step per dispatch and
+`lax.scan` over batches that the program stacks. The time includes the other work of `train` (it copies the state,
+checks for NaN and chooses the chunk). It excludes compilation.
 
-Where arrays and programs come to lie in memory makes a loop up to 5 % faster or slower for as long as its process lives: two
-loops by hand differ so too, the first mostly faster. So each row is the median over processes, ours first in every other one.
+The memory addresses of arrays and programs make a loop up to 5 % faster or slower, for the whole life of a process. Two
+equal handwritten loops differ in the same way, and the first one is usually faster. So each row is the median over
+several processes, and our variant is the first one in every second process.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def loss_of(model: Callable) -> Callable:
 
 
 class ByHand:
-    """The loop that one writes in JAX."""
+    """A handwritten training loop in JAX."""
 
     def __init__(self, loss: Callable, params: Any):
         def one(state, batch):
@@ -74,7 +76,7 @@ class ByHand:
         return jax.device_get((state, losses))
 
     def best(self, batches: Sequence[Any], chunk: int) -> int:
-        """1 or `chunk` steps per dispatch, whichever is faster."""
+        """The faster of 1 and `chunk` steps per dispatch."""
         ways = [lambda size=size: self.train(batches[:chunk], size) for size in (1, chunk)]
         for compiling in ways:
             compiling()
@@ -92,14 +94,14 @@ def run(quick: bool) -> list[dict[str, Any]]:
 
 
 def median(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row of those of several processes. The chunks that "auto" chose may differ: those of the first are shown."""
+    """The median row of several processes. Processes may choose different "auto" chunks; the row shows the first one."""
     return rows[0] | {
         name: float(np.median([row[name] for row in rows])) for name, how in COLUMNS.items() if how.endswith("f")
     }
 
 
 def measured(k: int, turn: int, quick: bool = False) -> list[dict[str, Any]]:
-    """Batches on the device and on the host, with the chunk that is best by hand; then with the chunk that `train` chooses."""
+    """Rows for batches on the device and on the host with the best handwritten chunk, and for the chunk that `train` chooses."""
     model = MODELS[k]
     chunk, steps = (4, 4) if quick else (model.chunk, model.steps)
     params, host = model.params(), model.batches(steps)

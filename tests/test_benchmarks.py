@@ -59,7 +59,7 @@ def test_rows_of_loops_that_a_quick_run_leaves_out():
 
 def test_what_is_counted_meets_its_target(quick):
     figures = {f["name"]: f for part in quick["parts"].values() for f in part["figures"]}
-    counted = [f for name, f in figures.items() if "programs of other" in name]
+    counted = [f for name, f in figures.items() if "programs with different" in name]
     assert len(counted) == 6
     assert all(f["value"] == 0 and f["is_met"] for f in counted)
     assert [row["equations"] for row in quick["parts"]["rewriting"]["rows"]] == [1000, 1000]

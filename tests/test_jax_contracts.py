@@ -95,7 +95,7 @@ def test_rebinding_with_the_same_sub_graphs_is_the_same_equation(name):
 
     def again(*values):
         return subjaxprs.rebind(
-            eqn.primitive, eqn.params, values, [subjaxprs.opened(b.jaxpr) for b in subjaxprs.bodies(eqn)]
+            eqn.primitive, eqn.params, values, [subjaxprs.lifted(b.jaxpr) for b in subjaxprs.bodies(eqn)]
         )
 
     (new,) = jax.make_jaxpr(again)(*(jnp.ones(v.aval.shape, v.aval.dtype) for v in eqn.invars)).jaxpr.eqns
@@ -136,7 +136,7 @@ def test_staging_gives_a_closed_jaxpr_with_constants():
 
 def test_constants_become_leading_inputs():
     table = np.arange(4.0, dtype=np.float32)
-    opened = subjaxprs.opened(jax.make_jaxpr(lambda x: x - table)(X))
+    opened = subjaxprs.lifted(jax.make_jaxpr(lambda x: x - table)(X))
     assert len(opened.jaxpr.jaxpr.invars) == 1 + len(opened.consts)
     assert not opened.jaxpr.consts
     np.testing.assert_array_equal(_jax.jaxpr_as_fun(opened.jaxpr)(*opened.consts, X)[0], X - table)

@@ -38,9 +38,9 @@ from .core.errors import (
     RetraceError,
 )
 from .core.graph import Graph, trace, walk
-from .core.passes import live
+from .core.passes import Pass
 from .core.rewrite import interpret, rewrite, verify
-from .core.rules import Rules
+from .core.rules import Rules, live
 from .core.scope_paths import Site, op
 from .cost.device import Machine, machine
 from .cost.live_memory import Timeline
@@ -65,6 +65,7 @@ __all__ = [
     "NotFiniteError",
     "NotScalarError",
     "OptionError",
+    "Pass",
     "Plan",
     "Residual",
     "RetraceError",

@@ -22,11 +22,8 @@ from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_lea
 from ..transforms.core import _jax, subjaxprs
 from ..transforms.core.errors import ArgumentError, NotScalarError
 from ..transforms.core.graph import Graph, trace
-from ..transforms.core.passes import Bound, Watch, refilled, run
+from ..transforms.core.passes import Bound, Pass, bind, driven, functions_of
 from .pullbacks import Operation, is_float, pulled_back, varying
-
-# Calls that mean nothing but their body.
-CALLS = frozenset({"jit", "closed_call", "call", "remat2", "eval_jaxpr"})
 
 
 class Node(NamedTuple):
@@ -83,11 +80,9 @@ class Tape:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.makers: dict[int, tuple[int, int]] = {}  # by the identity of a value, which some node keeps alive
-        self.calls: list[Any] = []  # the source of each call that is open
 
-    def record(self, primitive: Any, params: dict, values: Sequence[Any], run: Callable[..., list[Any]]) -> list[Any]:
+    def record(self, eqn: Any, values: Sequence[Any], run: Callable[..., list[Any]], sources: tuple) -> list[Any]:
         """Run an operation and keep it; its outputs."""
-        sources = (_jax.current_source(), *reversed(self.calls))
         start_s = time.perf_counter()
         outputs = run(*values)
         for x in outputs:
@@ -102,18 +97,9 @@ class Tape:
                 outputs[k] = x = x.copy()
             makers[id(x)] = index, k
         self.nodes.append(
-            Node(index, primitive, params, tuple(values), tuple(outputs), parents, elapsed_s, sources, run)
+            Node(index, eqn.primitive, eqn.params, tuple(values), tuple(outputs), parents, elapsed_s, sources, run)
         )
         return outputs
-
-    @contextmanager
-    def calling(self) -> Iterator[None]:
-        """What runs here is the body of a call from the current line."""
-        self.calls.append(_jax.current_source())
-        try:
-            yield
-        finally:
-            self.calls.pop()
 
     def grad(self, loss: Any, wrt: Any) -> Any:
         """The gradient of a recorded scalar, define-by-run: by the operations that ran, on the values that they had.
@@ -274,47 +260,41 @@ def tape() -> Iterator[Tape]:
     ['exp', 'sqrt']
     """
     t = Tape()
-    with _jax.set_current_trace(Recording(_jax.current_trace(), t)):
+    with driven(Recording(t)):
         yield t
 
 
-class Recording(Watch):
-    """The trace that is current while a tape is open."""
+class Recording(Pass):
+    """Records each operation on a tape; calls are what they call.
 
-    __slots__ = ("tape",)
+    Attributes:
+      calls: the sources of the calls around the current level, the innermost first.
+    """
 
-    def __init__(self, parent: Any, tape: Tape):
-        super().__init__(parent)
-        self.tape = tape
+    def __init__(self, tape: Tape, calls: tuple[Any, ...] = ()):
+        self.tape, self.calls = tape, calls
 
-    def bind(self, primitive, params, values):
-        """Calls are what they call; everything else is computed and kept."""
-        if primitive.name in CALLS and (primitive.name != "jit" or subjaxprs.is_placed_freely(params)):
-            eqn = Bound(primitive, params, None)
-            body = subjaxprs.bodies(eqn)[0].jaxpr
-            with _jax.set_current_trace(self), self.tape.calling():
-                return run(body.jaxpr, [*body.consts, *values], _bound, subjaxprs.is_inlined(eqn))
-        return self.tape.record(primitive, params, values, Operation(primitive, params))
+    def enters(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """Calls, unless they place their operands; a function with its own derivative, or a mapped one, is one operation."""
+        name = eqn.primitive.name
+        return name in _CALLS and (name != "jit" or subjaxprs.is_placed_freely(eqn.params))
 
-    def call(self, process, primitive, functions, values, options):
-        """A function with its own derivative, or a mapped one, is one operation."""
-        returned: Any = None
+    def inlines(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """All that is entered."""
+        return True
 
-        def again(*values):
-            nonlocal returned
-            for f in functions:
-                _jax.forget(f)
-            with _jax.take_current_trace() as here:
-                returned = process(here, functions, values)
-            return list(returned)
+    def body(self, eqn: Any, k: int) -> Recording:
+        """The body of a call from the current line."""
+        return Recording(self.tape, (_jax.current_source(), *self.calls))
 
-        with _jax.set_current_trace(self.parent):
-            outputs = self.tape.record(primitive, options, values, again)
-        return refilled(returned, outputs)
+    def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """An operation runs, and is kept."""
+        is_operation = not functions_of(eqn) and eqn.primitive.name not in subjaxprs.FUNCTIONAL
+        run: Any = Operation(eqn.primitive, eqn.params) if is_operation else lambda *values: bind(eqn, values)
+        return self.tape.record(eqn, values, run, (_jax.current_source(), *self.calls))
 
 
-def _bound(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    return _jax.bind(eqn.primitive, eqn.params, values)
+_CALLS = subjaxprs.PLAIN_CALLS | {"jit", "remat2"}
 
 
 def _name(index: int, k: int) -> str:

@@ -20,8 +20,7 @@ from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 from ..core import _jax
 from ..core.errors import ArgumentError, OptionError, location
 from ..core.graph import Graph, trace
-from ..core.passes import live
-from ..core.rules import Rule, Rules
+from ..core.rules import Rule, Rules, as_pass, live
 from ..core.signatures import name_of
 from ..remat.plan import Plan, budgeted, planned
 from ..rewriting.scope_rules import scoped
@@ -73,10 +72,10 @@ def _overridden(f: Callable, rules: UserRules | None) -> Callable:
     if rules is None:
         return f
     if not isinstance(rules, Mapping):
-        return live(f, Rules.of(rules, "rules="))
+        return live(f, as_pass(rules, "rules="))
     scopes = {key: rule for key, rule in rules.items() if isinstance(key, str)}
     table: Any = {key: rule for key, rule in rules.items() if key not in scopes}
-    return live(scoped(f, scopes) if scopes else f, Rules.of(table, "rules="))
+    return live(scoped(f, scopes) if scopes else f, as_pass(table, "rules="))
 
 
 def grad(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -348,6 +349,32 @@ def look_through(kind: Any) -> None:
         return below(trace.parent) if isinstance(trace, kind) else core.OpaqueTraceState(trace._weakref)
 
     public.get_opaque_trace_state = lambda convention=None: below(core.trace_ctx.trace)
+
+
+@contextlib.contextmanager
+def observing(kind: Any, observe: Callable[[Primitive, Sequence[Any]], Any]) -> Iterator[None]:
+    """A context in which `observe(primitive, outputs)` sees each primitive that traces of this kind process in this thread.
+
+    JAX has no hook for this: the method of the class is replaced, by one thread at a time, and put back.
+    """
+    thread = threading.get_ident()
+    with _OBSERVING:
+        process = kind.process_primitive
+
+        def observed(self, primitive, values, params, /):
+            outputs = process(self, primitive, values, params)
+            if threading.get_ident() == thread:
+                observe(primitive, outputs if primitive.multiple_results else [outputs])
+            return outputs
+
+        kind.process_primitive = observed
+        try:
+            yield
+        finally:
+            kind.process_primitive = process
+
+
+_OBSERVING = threading.RLock()
 
 
 def is_tracing() -> bool:

@@ -16,25 +16,25 @@ import jax
 from jax import lax
 
 from . import _jax, manual_axes, subjaxprs
-from .passes import FOREIGN, Living, evaluate, run
-from .rules import Rules
+from .passes import Pass, PassTrace, bind, run
+from .rules import RETYPING, Rules
 
 
 def evaluated(jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
     """The outputs of a graph's jaxpr for values of its types."""
     inner = jaxpr.jaxpr
     if manual_axes.varying(values):  # inside a shard_map, whose shards were not there when the graph was traced
-        return evaluate(jaxpr, FOREIGN, values)
+        return run(RETYPING, jaxpr, values)
     is_as_traced = all(map(_has_type, values, inner.invars)) and jax.sharding.get_abstract_mesh().empty
     if is_as_traced and not inner.is_high:
         trace, tables = _jax.current_trace(), []
         if isinstance(trace, _jax.StagingTrace):
             return _copied(trace, jaxpr, values)
-        while isinstance(trace, Living):
-            tables.append(trace.rules)
+        while isinstance(trace, PassTrace) and isinstance(trace.p, Rules):
+            tables.append(trace.p)
             trace = trace.parent
         if isinstance(trace, _jax.LinearizeTrace) and _is_staged(trace):
-            return run(inner, [*jaxpr.consts, *values], functools.partial(_linearized_once, tables))
+            return run(_LinearizedOnce(tables), jaxpr, values)
     return _jax.jaxpr_as_fun(jaxpr)(*values)
 
 
@@ -77,19 +77,33 @@ def _copied(trace: Any, jaxpr: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[
     return list(map(read, inner.outvars))
 
 
-def _linearized_once(tables: Sequence[Rules], eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Bind an equation as a jitted function, if JAX would else trace its JVP anew and no rule claims it."""
-    primitive, params = eqn.primitive, tuple(eqn.params.items())
-    is_claimed = any(rules.default or primitive in rules.table for rules in tables)
-    if not is_claimed and primitive in _operations() and not any(hasattr(x, "eqns") for _, x in params):
-        avals = tuple(v.aval for v in eqn.invars)
-        try:
-            operation = _operation(primitive, params, avals, _jax.current_context())
-        except TypeError:  # parameters without a hash
-            pass
-        else:
-            return _jax.bind_inlined(operation, primitive.name, values)
-    return _jax.bind(primitive, eqn.params, values)
+class _LinearizedOnce(Pass):
+    """Binds an equation as a jitted function, if JAX would otherwise trace its JVP again and no rule claims it."""
+
+    def __init__(self, tables: Sequence[Rules]):
+        self.tables = tables
+
+    def enters(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """Sub-jaxprs stay as they are."""
+        return False
+
+    def axes(self, eqn: Any, values: Sequence[Any]) -> frozenset[str]:
+        """No operand varies: `evaluated` has looked."""
+        return frozenset()
+
+    def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of one operation."""
+        primitive, params = eqn.primitive, tuple(eqn.params.items())
+        is_claimed = any(not rules.ignores(primitive, eqn.params) for rules in self.tables)
+        if not is_claimed and primitive in _operations() and not any(hasattr(x, "eqns") for _, x in params):
+            avals = tuple(v.aval for v in eqn.invars)
+            try:
+                operation = _operation(primitive, params, avals, _jax.current_context())
+            except TypeError:  # parameters without a hash
+                pass
+            else:
+                return _jax.bind_inlined(operation, primitive.name, values)
+        return bind(eqn, values)
 
 
 @functools.cache

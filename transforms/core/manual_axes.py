@@ -1,4 +1,4 @@
-"""Values that differ between the shards of a `shard_map`: along which axes of its mesh, and how others become such."""
+"""Manual axes: the axes of a mesh along which a value varies between the shards of a `shard_map`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from . import _jax
 
 
 def unforeseen(values: Sequence[Any]) -> frozenset[str]:
-    """The mesh axes along which some of these values differ, where what is bound was traced outside of the `shard_map`."""
-    return varying(values) if get_abstract_mesh().empty else frozenset()
+    """The mesh axes along which some of these values vary, where an equation was traced outside of the `shard_map`."""
+    axes = varying(values)
+    return axes if axes and get_abstract_mesh().empty else frozenset()
 
 
 def varying(values: Sequence[Any]) -> frozenset[str]:
-    """The mesh axes along which some of these values differ, inside a `shard_map` that keeps account of them."""
-    return frozenset().union(*(axes_of(jax.typeof(v)) for v in values))
+    """The mesh axes along which some of these values vary, inside a `shard_map` that checks this."""
+    return frozenset().union(*(axes_of(getattr(v, "aval", None)) for v in values))
 
 
 def axes_of(aval: Any) -> frozenset[str]:
-    """The mesh axes along which values of this type differ."""
+    """The mesh axes along which values of this type vary."""
     axes = getattr(aval, "manual_axis_type", None)
     return axes.varying if axes else frozenset()
 
@@ -34,7 +35,7 @@ def mesh_of(values: Sequence[Any]) -> Any:
 
 
 def vary(value: Any, axes: frozenset[str]) -> Any:
-    """`value`, or a type, as one that differs along all of `axes`."""
+    """`value`, or a type, as one that varies along all of `axes`."""
     if isinstance(value, jax.core.ShapedArray) and axes:
         sharding = value.sharding.update(mesh=get_abstract_mesh())
         return value.update(sharding=sharding, manual_axis_type=_jax.ManualAxisType(varying=value.mat.varying | axes))

@@ -1,217 +1,311 @@
-"""`live`: run a Python function as it is, with a table of rules watching what it binds.
+"""`Pass`: what one transformation does with the equations that it meets; `run` and `live`, which run a program under it.
 
-The function runs under a `Trace` of ours. It holds no values of its own: a primitive that has a rule goes to the rule, one whose
-sub-graphs hold work for a rule is bound again with these rewritten, everything else goes to the parent trace untouched. So all
-of JAX's semantics stay: Python branches on concrete values, side effects on every call, closed-over state, arguments that
-are not arrays.
+    Pass.visit  the decision: an equation stays, its sub-jaxprs are transformed, or its body takes its place
+    run         evaluates a jaxpr, equation by equation
+    live        runs a Python function, primitive by primitive, under a `PassTrace`
+
+A pass never builds equations: it computes outputs from values under the current trace, and JAX traces that again. Both drivers
+call each other: a running function binds sub-jaxprs, and a jaxpr holds derivative rules, which are functions.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
+from jax.tree_util import tree_flatten, tree_unflatten
 
 from . import _jax, manual_axes, subjaxprs
-from .errors import GraphError
-from .rules import Rule, Rules
+from .scope_paths import Path, joined
+
+Self = TypeVar("Self", bound="Pass")
 
 
-class Bound(NamedTuple):
-    """A primitive as it is bound: the equation that a rule sees in a running function."""
+@dataclass(slots=True, eq=False)
+class Bound:
+    """An equation of a running function: a primitive that is being bound.
+
+    Attributes:
+      functions: what it calls (a function with derivative rules: itself and these; a shard_map: its body); else empty.
+      process: `process(trace, functions, values)` binds it, with such functions.
+      returned: the last result of `process`, in JAX's own form.
+    """
 
     primitive: Any
     params: dict[str, Any]
-    source_info: Any
+    source_info: Any = None
+    functions: Sequence[Any] = ()
+    process: Callable | None = None
+    returned: Any = None
+
+    def call(self, functions: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+        """Bind it with these functions, under the current trace."""
+        assert self.process is not None
+        for f in self.functions:
+            _jax.forget(f)
+        with _jax.take_current_trace() as trace:
+            self.returned = self.process(trace, functions, values)
+        return list(self.returned)
 
 
-def live(f: Callable, rules: Rules | Mapping[_jax.Primitive, Rule]) -> Callable:
-    """`f`, with `rules` applied to each primitive as it is bound, at any depth of sub-graphs.
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The outputs of an equation as it is, under the current trace."""
+    functions = functions_of(eqn)
+    return eqn.call(functions, values) if functions else _jax.bind(eqn.primitive, eqn.params, values)
 
-    Args:
-      f: any function. What a generator yields later runs without the rules, and so do the insides of what JAX has as one
-        operation: Pallas kernels, combiners of reductions and scatters, linear_call, run_state, and since JAX 0.12 a
-        custom_root that is traced.
-      rules: the table, or a mapping from primitives to rules; an empty one gives `f` itself.
-    Returns:
-      A function as `f`. Values stay plain arrays or the tracers of JAX's own transforms around it.
-    Raises:
-      GraphError: at a call, a rule returned values of other shapes, dtypes or number than its equation has.
 
-    >>> from jax import lax
-    >>> live(lambda x: lax.sin(x) + 1, {lax.sin_p: lambda eqn, x: 10 * x})(2.0)
-    Array(21., dtype=float32, weak_type=True)
+def functions_of(eqn: Any) -> Sequence[Any]:
+    """The Python functions of an equation of a running function; an equation of a jaxpr has none."""
+    return getattr(eqn, "functions", ())
+
+
+class Pass:
+    """One transformation of programs: override what differs from "every equation stays as it is".
+
+    `fg.live(f, p)`, `fg.interpret(graph, p, *values)` and `fg.rewrite(graph, p)` apply it, at any depth of sub-jaxprs. What it
+    computes is not seen by it again. A pass may keep state: what its copies for sub-jaxprs share belongs in a mutable attribute.
+
+    Attributes:
+      around: the named scopes around the current level, which is a function or a sub-jaxpr.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from funcgrad.transforms import live
+    >>> class Print(Pass):
+    ...     def equation(self, eqn, values):
+    ...         print("/".join((*self.scope(), eqn.primitive.name)))
+    ...         return super().equation(eqn, values)
+    >>> with jax.named_scope("layer"):
+    ...     y = live(lambda x: jax.jit(jax.named_scope("act")(jnp.sin))(x) * 2, Print())(1.0)
+    act/sin
+    mul
     """
-    rules = Rules.of(rules, "live")
-    if not rules:
-        return f
 
-    return functools.wraps(f, updated=())(under(lambda parent: Living(parent, rules), f))
+    around: Path = ()
+    base = 0  # how many entries of the name stack belong to the caller
+    memo: WeakKeyDictionary[Any, dict[Any, Any]] | None = None  # transformed sub-jaxprs, where they can be kept
+    key: Hashable = ()  # what distinguishes passes that share a memo
 
+    # What a pass decides
 
-def under(watch: Callable[[_jax.Trace], Watch], f: Callable) -> Callable:
-    """`f`, run under the trace that `watch` makes for the one that is current at a call."""
+    def enters(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """Whether the sub-jaxprs of `eqn`, and its derivative rules, are transformed; else `equation` computes it whole."""
+        return True
 
-    def run_under(*args, **kwargs):
-        with _jax.take_current_trace() as parent, _jax.set_current_trace(watch(parent)):
-            return f(*args, **kwargs)
+    def inlines(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """Whether an equation that is entered is replaced by its first sub-jaxpr, evaluated in its place."""
+        return eqn.primitive.name in subjaxprs.INLINED
 
-    return run_under
+    def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of an equation that is not entered, one value for each, of its shapes and dtypes."""
+        return bind(eqn, values)
 
+    def body(self, eqn: Any, k: int) -> Pass | None:
+        """The pass for the k-th sub-jaxpr or function of `eqn`: a copy with its scopes by default; None leaves it as it is."""
+        return self.within(self.scope())
 
-def _same(eqn: Any, *values: Any) -> Any:
-    outputs = _jax.bind(eqn.primitive, eqn.params, values)
-    return outputs if eqn.primitive.multiple_results else outputs[0]
+    def leave(self, outputs: list[Any]) -> tuple[list[Any], Any]:
+        """The outputs of a sub-jaxpr that this pass ran through, and a tree of arrays that it returns besides."""
+        return outputs, ()
 
+    def receive(self, eqn: Any, values: Sequence[Any], k: int, extras: Any) -> None:
+        """Outside, the tree that the k-th sub-jaxpr of `eqn` returned: stacked by a scan, zeros where a branch did not run."""
 
-def _varied(eqn: Any, value: Any) -> Any:
-    return manual_axes.vary(value, frozenset(eqn.params["axes"]))
+    def level(self, jaxpr: _jax.Jaxpr, values: Sequence[Any]) -> Any:
+        """The equations that are evaluated for a jaxpr whose constants and inputs are `values`, in the form of a jaxpr."""
+        return jaxpr
 
+    # What a pass knows
 
-# For graphs on values of a shard_map that vary where those did not that they were traced for: every operation as it was.
-FOREIGN = Rules("foreign", {_jax.pvary_p: _varied}, default=_same)
+    def scope(self) -> Path:
+        """The named scopes around the equation that is visited, from the outside in."""
+        return joined(self.around, _jax.scopes(_jax.name_stack()[self.base :]))
 
+    def within(self: Self, around: Path) -> Self:
+        """A copy for a level in these scopes that starts here."""
+        child = copy.copy(self)
+        child.around, child.base = around, len(_jax.name_stack())
+        return child
 
-def apply(rules: Rules, eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """The outputs of one equation: by its rule, with its sub-graphs rewritten, or as it is."""
-    axes = (
-        manual_axes.varying(values)
-        if rules is FOREIGN and eqn.primitive is not _jax.pvary_p
-        else manual_axes.unforeseen(values)
-    )
-    if not axes:
-        return _apply(rules, eqn, values, axes)
-    with manual_axes.mesh_of(values):
-        return _apply(rules, eqn, [manual_axes.vary(v, axes) for v in values], axes)
+    # How JAX's parts are handled, which few passes override
 
+    def ignores(self, primitive: _jax.Primitive, params: dict[str, Any]) -> bool:
+        """Whether the primitive of a running function is none of this pass's business, and goes to JAX at once."""
+        return False
 
-def _apply(rules: Rules, eqn: Any, values: Sequence[Any], axes: frozenset[str]) -> list[Any]:
-    is_touched = touches(rules, eqn)
-    rule = rules.table.get(eqn.primitive) or (rules.default if _is_one(eqn) and not is_touched else None)
-    if rule is not None:
-        outputs = rule(eqn, *values)
-        outputs = outputs if eqn.primitive.multiple_results else [outputs]
-        what = f"the rule of '{eqn.primitive}' in {rules.name}"
-        return checked(what, eqn, _types_of(eqn, values), outputs)
-    if not is_touched:
-        return _jax.bind(eqn.primitive, eqn.params, values)
-    if eqn.primitive.name in subjaxprs.FUNCTIONAL:
-        return live(functools.partial(_jax.bind, eqn.primitive, eqn.params), rules)(values)
-    if eqn.primitive.name in subjaxprs.INLINED:
-        return evaluate(subjaxprs.bodies(eqn)[0].jaxpr, rules, values)
-    is_inlined = subjaxprs.is_inlined(eqn)
-    new = [_rewritten(body.jaxpr, rules, axes, is_inlined) for body in subjaxprs.bodies(eqn)]
-    return subjaxprs.rebind(eqn.primitive, eqn.params, values, new)
+    def has_work(self, jaxpr: _jax.Jaxpr) -> bool:
+        """Whether a jaxpr may change under this pass."""
+        return True
 
+    def consts(self, body: _jax.ClosedJaxpr) -> Sequence[Any]:
+        """The constants of a sub-jaxpr, which become operands."""
+        return body.consts
 
-def _types_of(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """The types of an equation's outputs, also of one that is just being bound to these values."""
-    if isinstance(eqn, _jax.JaxprEqn):
-        return [v.aval for v in eqn.outvars]
-    out, _ = eqn.primitive.abstract_eval(*map(jax.typeof, values), **eqn.params)
-    return list(out) if eqn.primitive.multiple_results else [out]
+    def axes(self, eqn: Any, values: Sequence[Any]) -> frozenset[str]:
+        """The mesh axes along which operands vary unknown to the graph: all operands are made to vary along them."""
+        return manual_axes.unforeseen(values)
 
+    def visit(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of an equation. A pass that does something around all equations overrides this and calls it."""
+        axes = self.axes(eqn, values)
+        if not axes:
+            return self._decide(eqn, values, axes)
+        with manual_axes.mesh_of(values):
+            return self._decide(eqn, [manual_axes.vary(v, axes) for v in values], axes)
 
-def checked(what: str, eqn: Any, avals: Sequence[Any], outputs: Any) -> list[Any]:
-    """What a rule returned in the place of `eqn`, as arrays of the types that it has."""
-    if isinstance(outputs, tuple | list) and len(outputs) == len(avals):
-        fitted = [_jax.fitted(x, aval) for x, aval in zip(outputs, avals, strict=True)]
-        if not any(x is None for x in fitted):
-            return fitted
-    types = [jax.typeof(x).str_short() if hasattr(x, "dtype") else type(x).__name__ for x in jax.tree.leaves(outputs)]
-    raise GraphError(
-        f"{what} returned {', '.join(types) or 'nothing'} for {', '.join(a.str_short() for a in avals)}.",
-        at=_jax.line_of(eqn) or _jax.line_now(),  # what jnp's own functions hold has no line of the user's
-        hint="return as many values as the equation has outputs, of their shapes and dtypes",
-    )
-
-
-def touches(rules: Rules, eqn: Any, by_table: bool = False) -> bool:
-    """Whether `rules`, or the table among them, have work in the sub-graphs of `eqn`, at any depth.
-
-    The derivative rules of a custom_jvp or custom_vjp function are not traced yet, so they may hold some.
-    """
-    by_table = by_table or eqn.primitive.name in subjaxprs.INLINED
-    unknown = eqn.primitive.name in subjaxprs.WITH_DERIVATIVES and bool(rules.table if by_table else rules)
-    return unknown or any(holds(rules, body.jaxpr.jaxpr, by_table) for body in subjaxprs.bodies(eqn))
-
-
-def holds(rules: Rules, jaxpr: _jax.Jaxpr, by_table: bool = False) -> bool:
-    """Whether `rules`, or the table among them, have work in a jaxpr, at any depth."""
-
-    def is_work(eqn):
-        return (
-            eqn.primitive in rules.table
-            or touches(rules, eqn, by_table)
-            or (rules.default is not None and not by_table and _is_one(eqn))
+    def _decide(self, eqn: Any, values: Sequence[Any], axes: frozenset[str]) -> list[Any]:
+        functions, bodies = functions_of(eqn), [body.jaxpr for body in subjaxprs.bodies(eqn)]
+        if not (functions or bodies) or not self.enters(eqn, values):
+            return self.equation(eqn, values)
+        if self.inlines(eqn, values):
+            return self._inlined(eqn, bodies, values)
+        if functions:
+            return eqn.call([self._function(eqn, values, k, f) for k, f in enumerate(functions)], values)
+        if eqn.primitive.name in subjaxprs.FUNCTIONAL:
+            return self._substituted(eqn, bodies[0], values)
+        is_inlined = subjaxprs.is_inlined(eqn)
+        lifted, trees = zip(
+            *(self._transformed(eqn, k, j, axes, is_inlined) for k, j in enumerate(bodies)), strict=True
         )
+        outputs = subjaxprs.rebind(eqn.primitive, eqn.params, values, lifted)
+        end = len(outputs) - sum(j.n_extras for j in lifted)
+        extras = iter(outputs[end:])
+        for k, (j, tree) in enumerate(zip(lifted, trees, strict=True)):
+            if tree is not None:
+                self.receive(eqn, values, k, tree_unflatten(tree, [next(extras) for _ in range(j.n_extras)]))
+        return outputs[:end]
 
-    memo = rules.memo.setdefault(jaxpr, {})
-    if by_table not in memo:
-        memo[by_table] = any(map(is_work, jaxpr.eqns))
-    return memo[by_table]
+    def _inlined(self, eqn: Any, bodies: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+        """The body of a call in its place."""
+        child = self.body(eqn, 0)
+        assert child is not None
+        if functions := functions_of(eqn):
+            with driven(child):
+                return _jax.called(functions[0], values)
+        return run(child, bodies[0], values, is_inlined=subjaxprs.is_inlined(eqn))
+
+    def _transformed(
+        self, eqn: Any, k: int, closed: _jax.ClosedJaxpr, axes: frozenset[str], is_inlined: bool
+    ) -> tuple[subjaxprs.Lifted, Any]:
+        """The k-th sub-jaxpr under its pass, traced again, and the tree of what it returns besides its outputs.
+
+        Constants, also tracers that the pass closes over, are leading inputs. In a shard_map that the graph does not know
+        all values vary along `axes`. A pass with a memo keeps the result, so that JAX finds what it compiled for it; not if it
+        closes over tracers, which must not outlive their trace.
+        """
+        child, inner = self.body(eqn, k), closed.jaxpr
+        if child is None:
+            return subjaxprs.lifted(closed), None
+        memo: Any = {} if child.memo is None else child.memo.setdefault(inner, {})
+        key = child.key, axes, is_inlined, _jax.trace_context()
+        if key not in memo:
+            trees: list[Any] = []
+
+            def staged(*values):
+                if child is not self:
+                    child.base = len(_jax.name_stack())
+                outputs, extras = child.leave(_run(child, inner, values, is_inlined))
+                leaves, tree = tree_flatten(extras)
+                trees.append((tree, len(leaves)))
+                return [manual_axes.vary(x, axes) for x in (*outputs, *leaves)]
+
+            names = _jax.names_of(inner)
+            names = names if type(child).leave is Pass.leave else names._replace(result_paths=None)
+            avals = [manual_axes.vary(v.aval, axes) for v in (*inner.constvars, *inner.invars)]
+            result = subjaxprs.lifted(_jax.stage_flat(staged, avals, names)), *trees[-1]
+            if any(isinstance(c, jax.core.Tracer) for c in result[0].consts):
+                memo = {}
+            memo[key] = result
+        lifted, tree, count = memo[key]
+        consts = [manual_axes.vary(c, axes) for c in (*lifted.consts, *self.consts(closed))]
+        return subjaxprs.Lifted(lifted.jaxpr, consts, count), tree
+
+    def _function(self, eqn: Any, values: Sequence[Any], k: int, f: Any) -> Any:
+        """The k-th function of a call under its pass."""
+        child = self.body(eqn, k)
+        if child is None:
+            return f
+        if k or child is self:  # derivative rules outlive this trace: they hold nothing of it
+            return _jax.transformed(f, functools.partial(_started, child, child is not self))
+        return _jax.transformed(f, lambda g: self._leaving(eqn, values, child, driven(child)(g)))
+
+    def _substituted(self, eqn: Any, body: _jax.ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
+        """Bind an equation of a jaxpr that has functions: its body is evaluated as a jaxpr, its derivative rules run live."""
+        child, params, evaluated = self.body(eqn, 0), eqn.params, None
+        if child is not None:
+            evaluated = self._leaving(eqn, values, child, lambda *xs: run(child, body, xs))
+            params = subjaxprs.emptied(params) if eqn.primitive.name == "shard_map" else params
+        with _jax.take_current_trace() as parent, _jax.set_current_trace(PassTrace(parent, self, evaluated, eqn)):
+            return _jax.bind(eqn.primitive, params, values)
+
+    def _leaving(self, eqn: Any, values: Sequence[Any], child: Pass, f: Callable) -> Callable:
+        """`f`, which runs under `child`, with what leaves it: no arrays besides its outputs, for which a call has no room."""
+        if child is self:
+            return f
+
+        def leaving(*args):
+            child.base = len(_jax.name_stack())
+            outputs = f(*args)
+            results, extras = child.leave(list(outputs))
+            self.receive(eqn, values, 0, extras)
+            return in_form_of(outputs, results)
+
+        return leaving
 
 
-def _is_one(eqn: Any) -> bool:
-    """Whether an equation is one operation to a default rule."""
-    return eqn.primitive.name in subjaxprs.INLINED or not subjaxprs.bodies(eqn)
+def _started(child: Pass, is_new: bool, f: Callable) -> Callable:
+    """`f` under `child`, whose level starts there if it is new."""
+
+    def started(*args):
+        if is_new:
+            child.base = len(_jax.name_stack())
+        with driven(child):
+            return f(*args)
+
+    return started
 
 
-def _rewritten(jaxpr: _jax.ClosedJaxpr, rules: Rules, axes: frozenset[str], is_inlined: bool) -> subjaxprs.Opened:
-    """A sub-graph with the rules applied, its constants and those of the rules as leading inputs.
-
-    Inside a `shard_map` all of its values differ along `axes`, whatever they did where it was traced.
-
-    It is kept per sub-graph, so that what JAX compiled for it is found again at the next call; unless a rule closes over
-    values of a trace, which must not outlive it.
-    """
-    inner, context = jaxpr.jaxpr, (axes, _jax.trace_context())
-    memo = rules.memo.setdefault(inner, {})
-    opened = memo.get(context)
-    if opened is None:
-        rewrite = functools.partial(apply, rules)
-        again = lambda *values: [manual_axes.vary(x, axes) for x in run(inner, values, rewrite, is_inlined)]
-        opened = retraced(inner, again, axes)
-        if not any(isinstance(c, jax.core.Tracer) for c in opened.consts):
-            memo[context] = opened
-    return subjaxprs.Opened(opened.jaxpr, [manual_axes.vary(c, axes) for c in (*opened.consts, *jaxpr.consts)])
+# ------------------------------------------------------------------------------------------------ jaxprs
 
 
-def retraced(inner: _jax.Jaxpr, f: Callable, axes: frozenset[str] = frozenset()) -> subjaxprs.Opened:
-    """A sub-graph traced again as `f`, a function of its constants and inputs; what `f` closes over is a leading input."""
-    avals = [manual_axes.vary(v.aval, axes) for v in (*inner.constvars, *inner.invars)]
-    return subjaxprs.opened(_jax.stage_flat(f, avals, _jax.names_of(inner)))
-
-
-def evaluate(jaxpr: _jax.ClosedJaxpr, rules: Rules, values: Sequence[Any]) -> list[Any]:
-    """Evaluate a jaxpr equation by equation under the current trace, with `rules` applied."""
-    return run(jaxpr.jaxpr, [*jaxpr.consts, *values], functools.partial(apply, rules))
-
-
-def run(jaxpr: _jax.Jaxpr, values: Sequence[Any], apply: Callable, is_inlined: bool = False) -> list[Any]:
-    """Evaluate a jaxpr, constants as leading values, with `apply(eqn, values) -> outputs` for each equation.
+def run(p: Pass, closed: _jax.ClosedJaxpr, values: Sequence[Any], *, is_inlined: bool = False) -> list[Any]:
+    """Evaluate a jaxpr under the current trace, each equation as `p` decides.
 
     Args:
-      is_inlined: whether it is the body of what JAX inlines: its equations then have the source line of the call.
+      is_inlined: whether it is the body of a call that JAX inlines: its equations then have the source line of the call.
     """
-    env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True))
-    last = _jax.last_used(jaxpr)
+    return _run(p, closed.jaxpr, [*closed.consts, *values], is_inlined)
 
-    def read(atom):
-        return atom.val if isinstance(atom, _jax.Literal) else env[atom]
 
-    for eqn in jaxpr.eqns:
-        bound = _jax.inlined(eqn) if is_inlined else eqn
-        with _jax.context_of(bound), of_width(v.aval for v in (*eqn.invars, *eqn.outvars)):
-            outputs = apply(bound, [read(v) for v in eqn.invars])
+def _run(p: Pass, jaxpr: _jax.Jaxpr, values: Sequence[Any], is_inlined: bool) -> list[Any]:
+    """As `run`, with the constants among the values."""
+    level = p.level(jaxpr, values)
+    env: dict[Any, Any] = dict(zip([*level.constvars, *level.invars], values, strict=True))
+    last = _jax.last_used(level)
+    for eqn in level.eqns:
+        outputs = step(p, eqn, env, is_inlined)
         env.update((v, x) for v, x in zip(eqn.outvars, outputs, strict=True) if v in last)
         for var in {v for v in eqn.invars if not isinstance(v, _jax.Literal) and last[v] is eqn}:
             del env[var]  # frees the memory of an eager run as it goes
-    return [read(v) for v in jaxpr.outvars]
+    return [read(env, v) for v in level.outvars]
+
+
+def step(p: Pass, eqn: Any, env: Mapping[Any, Any], is_inlined: bool = False) -> list[Any]:
+    """The outputs of one equation of a jaxpr, whose operands are in `env`; in its scopes and configuration."""
+    bound = _jax.inlined(eqn) if is_inlined else eqn
+    with _jax.context_of(bound), of_width(v.aval for v in (*eqn.invars, *eqn.outvars)):
+        return p.visit(bound, [read(env, v) for v in eqn.invars])
+
+
+def read(env: Mapping[Any, Any], atom: Any) -> Any:
+    """The value of a variable or literal."""
+    return atom.val if isinstance(atom, _jax.Literal) else env[atom]
 
 
 def of_width(avals: Iterable[Any]) -> AbstractContextManager:
@@ -222,93 +316,103 @@ def of_width(avals: Iterable[Any]) -> AbstractContextManager:
 _WIDE = frozenset(map(np.dtype, ("int64", "uint64", "float64", "complex128")))
 
 
+# ------------------------------------------------------------------------------------------------ running functions
+
+
+@contextmanager
+def driven(p: Pass) -> Iterator[None]:
+    """A context, or decorator, in which each primitive that is bound goes to `p`, which computes under the trace around it."""
+    with _jax.take_current_trace() as parent, _jax.set_current_trace(PassTrace(parent, p)):
+        yield
+
+
 @functools.cache
 def _look_through() -> None:
-    _jax.look_through(Watch)
+    _jax.look_through(PassTrace)
 
 
-class Watch(_jax.Trace):
-    """A trace without values of its own: it sees what is bound, and hands it on to its parent."""
+class PassTrace(_jax.Trace):
+    """The trace of a running function under a pass. It has no tracers: values are those of its parent.
 
-    __slots__ = ("parent",)
+    Attributes:
+      parent: the trace that was current, under which the pass computes.
+      evaluated: the function that takes the place of the first one of the next call that has functions.
+      eqn: that call.
+    """
 
-    def __init__(self, parent: _jax.Trace):
+    __slots__ = ("eqn", "evaluated", "p", "parent")
+
+    def __init__(self, parent: _jax.Trace, p: Pass, evaluated: Callable | None = None, eqn: Any = None):
         super().__init__()
         _look_through()
-        self.parent = parent
+        self.parent, self.p, self.evaluated, self.eqn = parent, p, evaluated, eqn
         self.requires_low = parent.requires_low
 
     def stage_value(self, value):
-        """Values have no form of ours: the parent's is theirs."""
+        """A value as the parent has it."""
         return self.parent.stage_value(value)
 
     def process_primitive(self, primitive, values, params, /):
         """A primitive is being bound."""
+        if self.p.ignores(primitive, params):
+            return primitive.bind_with_trace(self.parent, values, tuple(map(jax.typeof, values)), params)
         with _jax.set_current_trace(self.parent):
-            outputs = self.bind(primitive, params, values)
+            outputs = self.p.visit(Bound(primitive, params, _jax.current_source()), values)
         return outputs if primitive.multiple_results else outputs[0]
 
-    def bind(self, primitive: Any, params: dict[str, Any], values: Sequence[Any]) -> list[Any]:
-        """The outputs of a primitive, while the parent is current."""
-        raise NotImplementedError
+    def _process(self, process, primitive, functions, values, options):
+        """A primitive with functions is being bound: itself, then its derivative rules."""
+        if self.eqn is not None:
+            return process(self.parent, self._with_evaluated(functions, values), values)
+        eqn = Bound(primitive, options, _jax.current_source(), functions, process)
+        with _jax.set_current_trace(self.parent):
+            outputs = self.p.visit(eqn, values)
+        return in_form_of(eqn.returned, outputs)
 
-    def call(self, process, primitive, functions, values, options):
-        """What holds functions is being bound: itself, then derivative rules. `process(trace, functions, values)` binds it."""
-        return process(self.parent, functions, values)
-
-    # These leave the current trace as `bind` set it, as JAX's own traces do.
+    def _with_evaluated(self, functions, values):
+        """The functions of an equation of a jaxpr, the first replaced by the evaluation of its body."""
+        fun, *rules = functions
+        rules = [self.p._function(self.eqn, values, k, f) for k, f in enumerate(rules, 1)]
+        evaluated = self.evaluated
+        if evaluated is not None and rules:
+            fun = _jax.transformed(fun, lambda _: evaluated)
+        elif evaluated is not None:  # a shard_map's own function also fits the outputs to its mesh
+            fun = _jax.transformed(fun, lambda finish: lambda *xs: finish(*evaluated(*xs)))
+        return [fun, *rules]
 
     def process_custom_jvp_call(self, primitive, fun, jvp, values, /, **options):
         """A function with its own JVP rule is being called."""
         process = lambda trace, functions, values: trace.process_custom_jvp_call(
             primitive, *functions, values, **options
         )
-        return self.call(process, primitive, (fun, jvp), values, options)
+        return self._process(process, primitive, (fun, jvp), values, options)
 
     def process_custom_vjp_call(self, primitive, fun, fwd, bwd, values, /, **options):
         """A function with its own VJP rule is being called."""
         process = lambda trace, functions, values: trace.process_custom_vjp_call(
             primitive, *functions, values, **options
         )
-        return self.call(process, primitive, (fun, fwd, bwd), values, options)
+        return self._process(process, primitive, (fun, fwd, bwd), values, options)
 
     def process_shard_map(self, primitive, fun, values, /, **options):
         """A function is being mapped over the shards of a mesh."""
         process = lambda trace, functions, values: trace.process_shard_map(primitive, *functions, values, **options)
-        return self.call(process, primitive, (fun,), values, options)
+        return self._process(process, primitive, (fun,), values, options)
 
     def process_call(self, primitive, fun, values, params, /):
         """A call of the old style, JAX 0.10 only."""
         process = lambda trace, functions, values: trace.process_call(primitive, *functions, values, params)
-        return self.call(process, primitive, (fun,), values, params)
+        return self._process(process, primitive, (fun,), values, params)
 
 
-def refilled(outputs: Any, values: Sequence[Any]) -> Any:
+def in_form_of(outputs: Any, values: Sequence[Any]) -> Any:
     """`values` in the form that the outputs of a sub-function have: a list, or a flat tree of JAX's own."""
     return outputs.update(values) if hasattr(outputs, "update") else list(values)
 
 
-class Living(Watch):
-    """The trace that a living function runs under: it hands on everything but what the rules claim."""
-
-    __slots__ = ("rules",)
-
-    def __init__(self, parent: _jax.Trace, rules: Rules):
-        super().__init__(parent)
-        self.rules = rules
-
-    def process_primitive(self, primitive, values, params, /):
-        """A primitive is being bound."""
-        rules = self.rules
-        is_plain = primitive not in rules.table and not rules.default
-        if is_plain and not (subjaxprs.has_bodies(primitive) and touches(rules, Bound(primitive, params, None))):
-            return primitive.bind_with_trace(self.parent, values, tuple(map(jax.typeof, values)), params)
-        return super().process_primitive(primitive, values, params)
-
-    def bind(self, primitive, params, values):
-        """By its rule, or with its sub-graphs rewritten."""
-        return apply(self.rules, Bound(primitive, params, _jax.current_source()), values)
-
-    def call(self, process, primitive, functions, values, options):
-        """Functions and derivative rules run live."""
-        return process(self.parent, [_jax.transformed(f, lambda g: live(g, self.rules)) for f in functions], values)
+def is_eager() -> bool:
+    """Whether equations are computed at once: no trace of JAX's lies below the passes."""
+    trace = _jax.current_trace()
+    while isinstance(trace, PassTrace):
+        trace = trace.parent
+    return _jax.is_eager(trace)

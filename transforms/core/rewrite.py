@@ -1,7 +1,4 @@
-"""The driver of static graphs: `interpret` walks a graph with a table of rules, `rewrite` traces that walk into a new graph.
-
-Write the interpreter, let JAX trace it again: a pass never builds equations by hand.
-"""
+"""Graphs under a pass: `interpret` evaluates a graph, `rewrite` traces that evaluation into a new graph; `verify` type-checks."""
 
 from __future__ import annotations
 
@@ -12,41 +9,41 @@ from typing import Any
 from . import _jax
 from .errors import ArgumentError, GraphError
 from .graph import Graph
-from .passes import evaluate, holds
-from .rules import Rule, Rules
+from .passes import Pass, run
+from .rules import Rule, as_pass
 
 
-def interpret(graph: Graph, rules: Rules | Mapping[_jax.Primitive, Rule], *values: Any) -> list[Any]:
-    """Evaluate a graph with `rules` applied to each equation, going into sub-graphs.
+def interpret(graph: Graph, rules: Pass | Mapping[_jax.Primitive, Rule], *values: Any) -> list[Any]:
+    """Evaluate a graph under a pass, which goes into sub-jaxprs.
 
     Args:
       graph: the graph.
-      rules: the table, or a mapping from primitives to rules; an equation without a rule is bound as it is.
-      *values: the flat inputs, one for each of `graph.in_avals`.
+      rules: a table of rules, a mapping from primitives to rules, or another `Pass`; an equation without a rule stays.
+      *values: the flat inputs, one for each of `graph.in_avals`. A pass that inlines every call may take values of its own.
     Returns:
       The flat outputs.
     Raises:
       GraphError: a rule returned values of other shapes, dtypes or number than its equation has.
     """
     _check_graph("interpret", graph)
-    return evaluate(graph.jaxpr, Rules.of(rules, "interpret"), values)
+    return run(as_pass(rules, "interpret").within(()), graph.jaxpr, values)
 
 
-def rewrite(graph: Graph, rules: Rules | Mapping[_jax.Primitive, Rule]) -> Graph:
-    """The graph with `rules` applied, of the same inputs and outputs; scopes and source lines stay.
+def rewrite(graph: Graph, rules: Pass | Mapping[_jax.Primitive, Rule]) -> Graph:
+    """The graph under a pass, of the same inputs and outputs; scopes and source lines stay.
 
     Args:
       graph: the graph; it comes back itself where there is no work for the rules.
-      rules: the table, or a mapping from primitives to rules.
+      rules: a table of rules, a mapping from primitives to rules, or another `Pass`.
     Raises:
       GraphError: a rule returned values of other shapes, dtypes or number than its equation has.
     """
     _check_graph("rewrite", graph)
-    rules = Rules.of(rules, "rewrite")
-    if not holds(rules, graph.jaxpr.jaxpr):
+    p = as_pass(rules, "rewrite")
+    if not p.has_work(graph.jaxpr.jaxpr):
         return graph
     names = _jax.without_results(graph.jaxpr.jaxpr)
-    new = _jax.stage_flat(lambda *values: interpret(graph, rules, *values), graph.in_avals, names)
+    new = _jax.stage_flat(lambda *values: interpret(graph, p, *values), graph.in_avals, names)
     return dataclasses.replace(graph, jaxpr=new)
 
 

@@ -7,12 +7,11 @@ scopes around an equation at any depth. The backward pass lies in scopes of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
-from weakref import WeakKeyDictionary
 
 from . import _jax, subjaxprs
 from .errors import ArgumentError
@@ -63,40 +62,6 @@ class Primitives:
 
     def __repr__(self) -> str:
         return f"op({', '.join(map(repr, sorted(self.names)))})"
-
-
-class Probe:
-    """What `where` selects, and what replaces it: a function of the values, or None, which leaves them as they are."""
-
-    def __init__(self, where: Where, replace: Callable | None = None):
-        self.where, self.replace = where, replace
-        self.memo: WeakKeyDictionary[_jax.Jaxpr, dict[Any, Any]] = WeakKeyDictionary()  # what is known of sub-graphs
-
-    def scope(self, path: Path, around: Path) -> Path | None:
-        """The selected scope that holds what lies at `path`, unless all of `around` lies in it too."""
-        found = entered(self.where, path) if isinstance(self.where, str) else None
-        return found if found and not is_within(around, found) else None
-
-    def selects(self, eqn: Any, path: Path, in_avals: Iterable[Any], out_avals: Iterable[Any]) -> bool:
-        """Whether the predicate selects this equation; one that returns no arrays has nothing to show."""
-        if isinstance(self.where, str) or subjaxprs.is_inlined(eqn):
-            return False
-        site = Site(eqn.primitive, eqn.params, "/".join(path), tuple(in_avals), tuple(out_avals))
-        return bool(site.out_avals) and all(map(_jax.is_array, site.out_avals)) and bool(self.where(site))
-
-    def holds(self, jaxpr: _jax.Jaxpr, around: Path) -> bool:
-        """Whether something is selected in a sub-graph that lies at `around`, at any depth."""
-
-        def is_selected(eqn):
-            path = joined(around, _jax.scopes(_jax.name_stack(eqn)))
-            avals = [v.aval for v in eqn.invars], [v.aval for v in eqn.outvars]
-            inside = any(self.holds(body.jaxpr.jaxpr, path) for body in subjaxprs.bodies(eqn))
-            return inside or self.scope(path, around) or self.selects(eqn, path, *avals)
-
-        memo = self.memo.setdefault(jaxpr, {})
-        if around not in memo:
-            memo[around] = any(map(is_selected, jaxpr.eqns))
-        return memo[around]
 
 
 def check_where(verb: str, where: Any) -> None:

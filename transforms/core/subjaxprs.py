@@ -48,6 +48,9 @@ FUNCTIONAL = frozenset({"custom_jvp_call", "custom_vjp_call", "shard_map"})
 # A name, or a batching rule, given to a body: what has another body does not deserve it, and is that body in place.
 INLINED = frozenset({"composite", "custom_vmap_call"})
 WITH_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+# Calls run their one sub-jaxpr once, with their own operands; these mean nothing else.
+PLAIN_CALLS = frozenset({"closed_call", "call", "eval_jaxpr"})
+CALLS = PLAIN_CALLS | INLINED | WITH_DERIVATIVES | {"jit", "remat2", "compute_on"}
 LOOPS = frozenset({"while", "loop"})
 SWEEPS = frozenset({"forward", "sweep", "tangent"})  # ours, differentiated: what runs forward, back, and both
 
@@ -72,20 +75,20 @@ def bodies(eqn: Any) -> list[Body]:
     return found
 
 
-class Opened(NamedTuple):
+class Lifted(NamedTuple):
     """A jaxpr with its constants as leading inputs, and their values."""
 
     jaxpr: _jax.ClosedJaxpr
     consts: list[Any]
-    extras: int = 0  # how many outputs it has more than the one that it replaces, behind those
+    n_extras: int = 0  # outputs behind those of the jaxpr that it replaces
 
 
-def opened(j: _jax.ClosedJaxpr) -> Opened:
+def lifted(j: _jax.ClosedJaxpr) -> Lifted:
     """Turn the constants of a jaxpr into leading inputs."""
-    return Opened(_jax.close(_jax.convert_constvars_jaxpr(j.jaxpr)), list(j.consts)) if j.consts else Opened(j, [])
+    return Lifted(_jax.close(_jax.convert_constvars_jaxpr(j.jaxpr)), list(j.consts)) if j.consts else Lifted(j, [])
 
 
-def rebind(primitive: _jax.Primitive, params: dict, values: Sequence[Any], new: Sequence[Opened]) -> list[Any]:
+def rebind(primitive: _jax.Primitive, params: dict, values: Sequence[Any], new: Sequence[Lifted]) -> list[Any]:
     """Bind an equation with other sub-graphs of the same input types, whose constants become operands.
 
     Sub-graphs may not hold values of an enclosing trace, so each layout says where its operands for constants stand. Outputs
@@ -103,14 +106,14 @@ def has_room(eqn: Any) -> bool:
     return eqn.primitive.name not in ("custom_linear_solve", "shard_map")
 
 
-def _call(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
+def _call(params: dict, values: list, new: Sequence[Lifted]) -> tuple[dict, list]:
     ((body, consts, _),) = new
     key = next(k for k in ("jaxpr", "call_jaxpr") if k in params)
     is_closed = hasattr(params[key], "consts")
     return {**params, key: body if is_closed else body.jaxpr}, [*consts, *values]
 
 
-def _jit(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
+def _jit(params: dict, values: list, new: Sequence[Lifted]) -> tuple[dict, list]:
     _, consts, extras = new[0]
     for key, default in (("in_shardings", _jax.UNSPECIFIED), ("in_layouts", None), ("donated_invars", False)):
         params[key] = (default,) * len(consts) + tuple(params[key])
@@ -119,15 +122,15 @@ def _jit(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]
     return _call(params, values, new)
 
 
-def _compute_on(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
+def _compute_on(params: dict, values: list, new: Sequence[Lifted]) -> tuple[dict, list]:
     types = _out_types(new[0].jaxpr)
-    spaces = tuple(aval.memory_space for aval in types[len(types) - new[0].extras :])
+    spaces = tuple(aval.memory_space for aval in types[len(types) - new[0].n_extras :])
     params["out_memory_spaces"] = tuple(params["out_memory_spaces"]) + spaces
     return _call(params, values, new)
 
 
-def _scan(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
-    n, extras = len(new[0].consts), new[0].extras
+def _scan(params: dict, values: list, new: Sequence[Lifted]) -> tuple[dict, list]:
+    n, extras = len(new[0].consts), new[0].n_extras
     if "num_consts" in params:
         params["num_consts"] += n
     elif n or extras:  # since JAX 0.11
@@ -138,17 +141,17 @@ def _scan(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list
     return _call(params, values, new)
 
 
-def _while(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
+def _while(params: dict, values: list, new: Sequence[Lifted]) -> tuple[dict, list]:
     cond, body = new
     n = params["cond_nconsts"]
-    extras = tuple(_out_types(body.jaxpr)[len(body.jaxpr.jaxpr.outvars) - body.extras :])
+    extras = tuple(_out_types(body.jaxpr)[len(body.jaxpr.jaxpr.outvars) - body.n_extras :])
     params.update(cond_jaxpr=_ignoring(cond.jaxpr, extras), body_jaxpr=_ignoring(body.jaxpr, extras))
     params["cond_nconsts"] += len(cond.consts)
     params["body_nconsts"] += len(body.consts)
     return params, [*cond.consts, *values[:n], *body.consts, *values[n:], *map(zeros, extras)]
 
 
-def _cond(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
+def _cond(params: dict, values: list, new: Sequence[Lifted]) -> tuple[dict, list]:
     index, *operands = values
     branches, consts, extras = zip(*new, strict=True)
     counts = tuple(map(len, consts))
@@ -228,12 +231,12 @@ def _widened(
     return tuple(branches)
 
 
-def _linear_solve(params: dict, values: list, new: Sequence[Opened]) -> tuple[dict, list]:
+def _linear_solve(params: dict, values: list, new: Sequence[Lifted]) -> tuple[dict, list]:
     lengths, jaxprs = params["const_lengths"], params["jaxprs"]
-    opened = iter(new)
+    lifted = iter(new)
     at, operands, counts, rebuilt = 0, [], [], []
     for length, jaxpr in zip(lengths, jaxprs, strict=True):
-        body, consts, _ = next(opened) if jaxpr is not None else Opened(None, [])
+        body, consts, _ = next(lifted) if jaxpr is not None else Lifted(None, [])
         operands += [*consts, *values[at : at + length]]
         at += length
         counts.append(length + len(consts))
@@ -315,7 +318,7 @@ def results(eqn: Any) -> list[list[int | None]]:
     return [list(range(n)) for n in returned]
 
 
-def fed(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
+def invariant_operands(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
     """As `operands`, with None also where an input is another value from run to run."""
     name, p, inputs = eqn.primitive.name, eqn.params, operands(eqn, values)
     counts = [len(given) for given in inputs]

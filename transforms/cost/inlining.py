@@ -141,7 +141,9 @@ class Unfolding:
         step = Step(eqn, path, times, reads, makes)
         bodies = [body.jaxpr for body in subjaxprs.bodies(eqn)]
         # What each input of a body is, and what it is at first or is a part of.
-        given, wholes = (subjaxprs.fed(eqn, reads), subjaxprs.operands(eqn, reads)) if bodies else ([], [])
+        given, wholes = (
+            (subjaxprs.invariant_operands(eqn, reads), subjaxprs.operands(eqn, reads)) if bodies else ([], [])
+        )
         if name in subjaxprs.SWEEPS:
             self._sweep(step)
         elif name == "scan":

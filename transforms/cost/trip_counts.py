@@ -13,7 +13,7 @@ from jax import lax
 
 from ..core.errors import ArgumentError, OptionError
 from ..core.graph import Graph
-from ..core.passes import evaluate
+from ..core.passes import run
 from ..core.rules import Rules
 from ..core.scope_paths import Path, entered
 from ..while_loops.adjoint import call
@@ -68,8 +68,8 @@ def measured(graph: Graph, args: tuple, kwargs: dict) -> Callable[[Any, Path], f
     def loop(eqn, *values):
         p = eqn.params
         n, m = p["cond_nconsts"], p["body_nconsts"]
-        cond = lambda x: evaluate(p["cond_jaxpr"], rules, [*values[:n], *x])[0]
-        body = lambda x: evaluate(p["body_jaxpr"], rules, [*values[n : n + m], *x])
+        cond = lambda x: run(rules, p["cond_jaxpr"], [*values[:n], *x])[0]
+        body = lambda x: run(rules, p["body_jaxpr"], [*values[n : n + m], *x])
         return counted(_key(eqn), cond, body, values[n + m :])
 
     def sweep(eqn, *values):
@@ -85,7 +85,7 @@ def measured(graph: Graph, args: tuple, kwargs: dict) -> Callable[[Any, Path], f
         if isinstance(x, jax.ShapeDtypeStruct):
             what = f'trips="measured" runs {graph.name}, and got no values for {path}.'
             raise ArgumentError(what, hint="pass arrays, or trips= as a number")
-    jax.block_until_ready(jax.jit(lambda *leaves: evaluate(graph.jaxpr, rules, leaves))(*leaves))
+    jax.block_until_ready(jax.jit(lambda *leaves: run(rules, graph.jaxpr, leaves))(*leaves))
     jax.effects_barrier()
     means = {key: sum(ns) / len(ns) for key, ns in counts.items()}
     return lambda eqn, path: means.get(_key(eqn))

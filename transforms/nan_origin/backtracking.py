@@ -17,15 +17,11 @@ import jax
 import numpy as np
 
 from ..core import _jax, subjaxprs
-from ..core.passes import Bound, Watch, run, under
+from ..core.passes import Bound, Pass, bind, functions_of, run
 from ..core.scope_paths import Path, joined
 from ..while_loops.unrolling import unrolled
 from .dependencies import Element, is_inexact, reads
 from .iterations import Iterations
-
-# Primitives that run their one sub-graph once, with their own operands.
-CALLS = subjaxprs.INLINED | subjaxprs.WITH_DERIVATIVES
-CALLS |= {"jit", "remat2", "closed_call", "call", "eval_jaxpr", "compute_on"}
 
 
 class Note(NamedTuple):
@@ -76,24 +72,22 @@ class Spot:
 _numbers = itertools.count()
 
 
-class Level:
-    """One run of a function, or of a sub-graph.
+class Level(Pass):
+    """One run of a function or of a sub-jaxpr, which notes its equations with results that are not finite.
 
     Attributes:
-      number: no other has it, also after this one is gone.
-      around: the note of the equation that it is the sub-graph of.
-      path: the scopes around it. iterations: those of the loops around it. loop: what a scan in it is called.
-      noted: by the identity of a value, the equation that made it, and which of its results that is.
-      entered: by the identity of a note, what its sub-graph did.
+      number: unique, also after this level is gone.
+      call: the note of the equation whose sub-jaxpr this is.
+      iterations: those of the loops around it. loop: what a scan in it is called.
+      noted: by the identity of a value, the equation that computed it, and which of its results that is.
+      entered: by the identity of a note, the run of its sub-jaxpr.
     """
 
-    def __init__(
-        self, around: Note | None = None, iterations: tuple[tuple[str, int], ...] = (), loop: str | None = None
-    ):
+    def __init__(self, call: Note | None = None, iterations: tuple[tuple[str, int], ...] = (), loop: str | None = None):
         self.number = next(_numbers)
-        self.around, self.iterations, self.loop = around, iterations, loop
-        self.path: Path = around.level.path_of(around.eqn) if around else ()
-        self.base = 0 if around else len(_jax.name_stack())
+        self.call, self.iterations, self.loop = call, iterations, loop
+        self.around: Path = call.level.path_of(call.eqn) if call else ()
+        self.base = 0 if call else len(_jax.name_stack())
         self.equations: list[Any] = []
         self.noted: dict[int, tuple[Note, int]] = {}
         self.entered: dict[int, Any] = {}
@@ -102,30 +96,39 @@ class Level:
 
     def path_of(self, eqn: Any) -> Path:
         """The scopes that an equation of this level lies in."""
-        return joined(self.path, _jax.scopes(_jax.name_stack(eqn)[self.base :]))
+        return joined(self.around, _jax.scopes(_jax.name_stack(eqn)[self.base :]))
 
-    def apply(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        """The outputs of an equation, which is bound here."""
-        params = eqn.params
-        if any(params.get("donated_invars", ())):  # operands may be needed again
-            params = {**params, "donated_invars": (False,) * len(values)}
-        return self.note(eqn, values, _jax.bind(eqn.primitive, params, values))
+    def enters(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """A function with derivative rules that is called now; the rest runs whole, and is entered on the way back."""
+        return len(functions_of(eqn)) > 1
 
-    def note(self, eqn: Any, values: Sequence[Any], outputs: Any) -> Any:
-        """The outputs of an equation, as they are, once it is noted if they are not finite."""
-        if self.around and subjaxprs.is_inlined(self.around.eqn):
-            eqn = called_from(eqn, self.around.eqn)
+    def inlines(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """Its equations belong to this level."""
+        return True
+
+    def body(self, eqn: Any, k: int) -> Level:
+        """This level."""
+        return self
+
+    def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of an equation, which is noted if they are not finite."""
+        bound = eqn
+        if any(eqn.params.get("donated_invars", ())):  # operands may be needed again
+            bound = Bound(eqn.primitive, {**eqn.params, "donated_invars": (False,) * len(values)})
+        outputs = bind(bound, values)
+        if self.call and subjaxprs.is_inlined(self.call.eqn):
+            eqn = called_from(eqn, self.call.eqn)
         self.equations.append(eqn)
         if not all(map(is_finite, outputs)):
             note = Note(eqn, values, list(outputs), self)
-            given = set(map(id, values))
-            self.noted.update((id(x), (note, k)) for k, x in enumerate(outputs) if id(x) not in given)
+            operands = set(map(id, values))
+            self.noted.update((id(x), (note, k)) for k, x in enumerate(outputs) if id(x) not in operands)
         return outputs
 
     def ran(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
-        """The outputs of a sub-graph for these values of its inputs."""
+        """The outputs of a sub-jaxpr for these values of its inputs."""
         self.inputs = list(values)
-        return run(jaxpr.jaxpr, [*jaxpr.consts, *values], self.apply)
+        return run(self, jaxpr, values)
 
     def entry(self, value: Any, index: tuple[int, ...]) -> Spot | None:
         """Where an input of this level comes from; None for what is closed over or a literal, and at the outermost level."""
@@ -136,34 +139,6 @@ class Level:
 def called_from(eqn: Any, call: Any) -> Any:
     """An equation of what JAX inlines, with the line of the call: its own knows who called that function first."""
     return eqn.replace(source_info=eqn.source_info.replace(traceback=call.source_info.traceback))
-
-
-def watched(f: Callable, level: Level) -> Callable:
-    """`f`, with each equation that it binds at this level."""
-    return under(lambda parent: Noting(parent, level), f)
-
-
-class Noting(Watch):
-    """The trace that a function runs under."""
-
-    __slots__ = ("level",)
-
-    def __init__(self, parent: _jax.Trace, level: Level):
-        super().__init__(parent)
-        self.level = level
-
-    def bind(self, primitive, params, values):
-        """As the level does."""
-        return self.level.apply(Bound(primitive, params, _jax.current_source()), values)
-
-    def call(self, process, primitive, functions, values, options):
-        """A function with derivative rules is what it computes; a `shard_map` is one equation."""
-        if primitive.name in subjaxprs.WITH_DERIVATIVES:
-            with _jax.set_current_trace(self):
-                return _jax.called(functions[0], values)
-        eqn = Bound(primitive, options, _jax.current_source())
-        with _jax.set_current_trace(self.parent):
-            return self.level.note(eqn, values, process(self.parent, functions, values))
 
 
 # ------------------------------------------------------------------------------------------------ the way back
@@ -206,7 +181,7 @@ def entered(note: Note, k: int, index: tuple[int, ...]) -> Spot | None:
     """The element of a result where a sub-graph computes it; None for an operation, and what cannot be entered."""
     eqn, values = note.eqn, note.values
     name, bodies = eqn.primitive.name, [body.jaxpr for body in subjaxprs.bodies(eqn)]
-    if name in CALLS and bodies:
+    if name in subjaxprs.CALLS and bodies:
         return _inside(note, bodies[0], values, k, index)
     if name == "cond":
         return _inside(note, bodies[min(max(int(values[0]), 0), len(bodies) - 1)], values[1:], k, index)

@@ -60,7 +60,7 @@ def _around(made: Made) -> Iterator[Any]:
     note: Note | None = made.note
     while note:
         yield note.eqn
-        note = note.level.around
+        note = note.level.call
 
 
 # ------------------------------------------------------------------------------------------------ watching JAX trace
@@ -84,30 +84,22 @@ class Seen(NamedTuple):
 @contextlib.contextmanager
 def seeing(note: Callable[[Seen], Any]) -> Iterator[None]:
     """Call `note` for each value that is traced, and trace anew what JAX has traced before."""
-    kinds: tuple[Any, Any] = _jax.BatchTrace, _jax.StagingTrace
-    originals = [kind.process_primitive for kind in kinds]
 
-    def batched(self, primitive, values, params, /):
-        outputs = originals[0](self, primitive, values, params)
-        for x in outputs if primitive.multiple_results else [outputs]:
+    def batched(primitive, outputs):
+        for x in outputs:
             note(Seen(primitive, *_batched_shape(x), _line_noted(), None))
-        return outputs
 
-    def staged(self, primitive, values, params, /):
-        outputs = originals[1](self, primitive, values, params)
+    def staged(primitive, outputs):
         if line := _rule_line():
-            for x in outputs if primitive.multiple_results else [outputs]:
+            for x in outputs:
                 note(Seen(primitive, np.shape(x), None, _line_noted(), line))
-        return outputs
 
-    try:
-        for kind, method in zip(kinds, (batched, staged), strict=True):
-            kind.process_primitive = method
-        with jax.make_user_context()(object()):  # no cache of JAX's has an entry for it
-            yield
-    finally:
-        for kind, method in zip(kinds, originals, strict=True):
-            kind.process_primitive = method
+    with (
+        _jax.observing(_jax.BatchTrace, batched),
+        _jax.observing(_jax.StagingTrace, staged),
+        jax.make_user_context()(object()),  # no cache of JAX's has an entry for it
+    ):
+        yield
 
 
 def _batched_shape(x: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -14,9 +14,10 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from ..core import _jax, subjaxprs
 from ..core.errors import ArgumentError
+from ..core.passes import driven
 from ..core.scope_paths import BACKWARD
 from ..core.signatures import described, name_of
-from .backtracking import Level, Made, Note, Spot, at, called_from, first_bad, walk, watched
+from .backtracking import Level, Made, Note, Spot, at, called_from, first_bad, walk
 from .dependencies import is_inexact
 from .lane_tracing import told_by_tracing
 from .remedies import remedy
@@ -176,7 +177,9 @@ def nan_origin(f: Callable, /, *args: Any, **kwargs: Any) -> NanOrigin | None:
 def _found(f: Callable, args: tuple, kwargs: dict) -> NanOrigin | None:
     """The origin, by a run of `f` and the way back from what it returned."""
     level = Level()
-    leaves = tree_flatten_with_path(watched(f, level)(*args, **kwargs))[0]
+    with driven(level):
+        out = f(*args, **kwargs)
+    leaves = tree_flatten_with_path(out)[0]
     numbers = [(path, x) for path, x in leaves if hasattr(x, "dtype") or isinstance(x, float | complex)]
     bad = [(path, x, index) for path, x in numbers if (index := first_bad(x)) is not None]
     if not bad:
@@ -257,7 +260,7 @@ def _name(value: Any, arguments: Sequence[tuple[str, Any]]) -> str | None:
 def _line(note: Note) -> str | None:
     """The user's line of an equation; what JAX's own functions hold has none but that of the call."""
     line = _jax.line_of(note.eqn)
-    return _line(note.level.around) if line is None and note.level.around else line
+    return _line(note.level.call) if line is None and note.level.call else line
 
 
 def _forward_of(note: Note) -> Any:
@@ -267,9 +270,9 @@ def _forward_of(note: Note) -> Any:
     line it is the first that has the most of their Python stack in common, by preference one that is named in it.
     """
     levels = [note.level]
-    while levels[0].around:
-        levels.insert(0, levels[0].around.level)
-    stacks = [_jax.name_stack(x.eqn) for x in (note, *(level.around for level in levels if level.around))]
+    while levels[0].call:
+        levels.insert(0, levels[0].call.level)
+    stacks = [_jax.name_stack(x.eqn) for x in (note, *(level.call for level in levels if level.call))]
     if not any(getattr(s, "name", None) in ("jvp", BACKWARD) for stack in stacks for s in stack):
         return None
     line, frames = _jax.line_of(note.eqn), _frames(note.eqn)

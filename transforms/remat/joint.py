@@ -22,7 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ..core import _jax, subjaxprs
-from ..core.passes import run
+from ..core.passes import Pass, bind, run
 from ..cost.backends import Backend
 from ..cost.inlining import Unfolding, Value, total
 from ..cost.library_calls import copied_bytes, workspace_bytes
@@ -254,24 +254,37 @@ def flattened(jaxpr: _jax.ClosedJaxpr, *, are_marks_kept: bool = False) -> tuple
 
     Marks are dropped, those of other gradients inside; or of one gradient kept, and then the value that has one comes last.
     """
-    marked: list[Any] = []
-
-    def bind(eqn, values):
-        if (mark := mark_of(eqn)) == VALUE and are_marks_kept:
-            marked.extend(values)
-        if mark == VALUE or (mark == SEAM and not are_marks_kept):
-            return values
-        if not subjaxprs.is_plain(eqn):
-            return _jax.bind(eqn.primitive, eqn.params, values)
-        body = eqn.params["jaxpr"]
-        return run(body.jaxpr, [*body.consts, *values], bind)
-
-    inner = jaxpr.jaxpr
+    inner, p = jaxpr.jaxpr, _Flattening(are_marks_kept)
     avals = [v.aval for v in (*inner.constvars, *inner.invars)]
-    flat = _jax.stage_flat(lambda *values: [*run(inner, values, bind), *marked], avals, _jax.no_names)
-    whole = _jax.convert_constvars_jaxpr(flat.jaxpr)  # those of calls, which are not calls any more
+    body = _jax.close(_jax.convert_constvars_jaxpr(inner))
+    flat = _jax.stage_flat(lambda *values: [*run(p, body, values), *p.marked], avals, _jax.no_names)
+    whole = _jax.convert_constvars_jaxpr(flat.jaxpr)  # constants of calls, which are not calls any more
     live, _ = _jax.dce_jaxpr(whole, [True] * len(whole.outvars), instantiate=True)
     return live, [*flat.consts, *jaxpr.consts]
+
+
+class _Flattening(Pass):
+    """Calls that mean nothing but their bodies stand as these; marks are dropped or collected."""
+
+    def __init__(self, are_marks_kept: bool):
+        self.are_marks_kept = are_marks_kept
+        self.marked: list[Any] = []
+
+    def enters(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """A jit that places and donates nothing."""
+        return subjaxprs.is_plain(eqn)
+
+    def inlines(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """All that is entered."""
+        return True
+
+    def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The operand of a mark that is dropped; other equations as they are."""
+        mark = mark_of(eqn)
+        if mark == VALUE and self.are_marks_kept:
+            self.marked.extend(values)
+        is_dropped = mark == VALUE or (mark == SEAM and not self.are_marks_kept)
+        return list(values) if is_dropped else bind(eqn, values)
 
 
 def mark_of(eqn: Any) -> str:

@@ -20,7 +20,8 @@ from jax.tree_util import tree_flatten, tree_unflatten
 
 from ..core import _jax, manual_axes, subjaxprs
 from ..core.errors import ArgumentError, OptionError, location
-from ..core.passes import live, run
+from ..core.passes import Pass, bind, run
+from ..core.rules import live
 from ..core.signatures import name_of
 from ..cost.backends import BACKENDS
 from ..while_loops.primitives import rules as reversible
@@ -108,17 +109,13 @@ class Planner:
 
             results: list[Any] = []
 
-            def bind(eqn, values):
-                if id(eqn) in planned:
-                    scan, option = planned[id(eqn)]
-                    return scan.run(option, values)
-                return _jax.bind(eqn.primitive, eqn.params, values)
+            p = _WithScans(planned)
 
             def flat(*values):
                 consts, values = values[: len(self.consts)], values[len(self.consts) :]
 
                 def f(*args, **kwargs):
-                    out = run(self.flat, [*consts, *self.call.values(args, kwargs)], bind)
+                    out = run(p, _jax.close(self.flat), [*consts, *self.call.values(args, kwargs)])
                     out = tree_unflatten(self.primal_tree, out)
                     if not self.options["has_aux"]:
                         return seam(out)
@@ -367,3 +364,21 @@ def placed(x: Any) -> Any:
 
 def _struct(aval: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=getattr(aval, "weak_type", False))
+
+
+class _WithScans(Pass):
+    """Replaces scans by their planned forms, found by the identity of the equation."""
+
+    def __init__(self, planned: dict[int, tuple[Scan, Any]]):
+        self.planned = planned
+
+    def enters(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """Sub-jaxprs stay as they are."""
+        return False
+
+    def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """A planned scan, or the equation as it is."""
+        if id(eqn) not in self.planned:
+            return bind(eqn, values)
+        scan, option = self.planned[id(eqn)]
+        return scan.run(option, values)

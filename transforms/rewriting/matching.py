@@ -315,7 +315,7 @@ class Plan:
     gone: set[Node] = field(default_factory=set)
     count: int = 0
     at: dict[tuple[str, str], None] = field(default_factory=dict)  # line and scopes
-    staged: dict[Any, subjaxprs.Opened] = field(default_factory=dict)
+    staged: dict[Any, subjaxprs.Lifted] = field(default_factory=dict)
 
     def take(self, match: Match) -> bool:
         """Enter a match, unless an earlier one replaces some of it, or its inputs come after its first output."""
@@ -385,7 +385,7 @@ class Planner:
 
     def _inside(self, eqn: Any, operands: list[Value]) -> list[Plan] | None:
         """The plans of an equation's sub-graphs; None for a jit that is small and holds no match, or nothing else."""
-        known = [[v and v.const for v in values] for values in subjaxprs.fed(eqn, operands)]
+        known = [[v and v.const for v in values] for values in subjaxprs.invariant_operands(eqn, operands)]
         plans = [self.plan(body.jaxpr, k) for body, k in zip(subjaxprs.bodies(eqn), known, strict=True)]
         if not subjaxprs.is_plain(eqn):
             return plans

@@ -16,9 +16,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.tree_util import tree_flatten
@@ -26,12 +26,9 @@ from jax.tree_util import tree_flatten
 from ..core import _jax, manual_axes, subjaxprs
 from ..core.errors import ArgumentError, GraphError, location
 from ..core.graph import Graph
-from ..core.passes import Bound, Watch, apply, of_width, retraced
-from ..core.rules import Rules
+from ..core.passes import Bound, Pass, bind, driven, functions_of, run
 from ..core.signatures import name_of
 from .matching import Form, Keys, Level, Match, Node, Plan, Planner, Value, View, is_folded, type_of, where
-
-_NOTHING = Rules("replace")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,8 +82,8 @@ def replace(graph: Graph, pattern: Callable, replacement: Callable) -> Replaced:
     plan = planner.plan(graph.jaxpr, [None] * len(graph.in_avals))
     fields = {f.name: getattr(graph, f.name) for f in dataclasses.fields(Graph)}
     if plan.count:
-        run = _Run(replacement, names)
-        flat = lambda *values: run(plan, [*graph.jaxpr.consts, *values])
+        p = _Replacement(replacement, names, plan, plan.view.level, {})
+        flat = lambda *values: run(p, graph.jaxpr, values)
         fields["jaxpr"] = _jax.stage_flat(flat, graph.in_avals, _jax.without_results(graph.jaxpr.jaxpr))
     at = tuple(f"{line} in {scopes}" if scopes else line for line, scopes in plan.at)
     return Replaced(**fields, count=plan.count, at=at)
@@ -150,19 +147,25 @@ class _Absent(BaseException):
     """The pattern computes what the graph does not."""
 
 
-class _Watching(Watch):
-    """The trace that a pattern runs under: `check` sees each operation before it is bound."""
+class _Checked(Pass):
+    """The pass that a pattern runs under: `check` sees each operation before it is bound."""
 
-    __slots__ = ("check",)
-
-    def __init__(self, parent: Any, check: Callable):
-        super().__init__(parent)
+    def __init__(self, check: Callable):
         self.check = check
 
-    def process_primitive(self, primitive, values, params, /):
-        avals = tuple(map(jax.typeof, values))
-        self.check(primitive, params, avals)
-        return primitive.bind_with_trace(self.parent, values, avals, params)
+    def axes(self, eqn: Any, values: Sequence[Any]) -> frozenset[str]:
+        """None: patterns are traced outside of any shard_map."""
+        return frozenset()
+
+    def enters(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """Sub-jaxprs are compared whole."""
+        return False
+
+    def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs, once the operation is checked."""
+        if not functions_of(eqn):
+            self.check(eqn.primitive, eqn.params, tuple(map(jax.typeof, values)))
+        return bind(eqn, values)
 
 
 def _forms(graph: Graph, pattern: Callable, names: list[str], keys: Keys) -> list[Form]:
@@ -239,7 +242,7 @@ def _form(graph: Graph, pattern: Callable, names: list[str], keys: Keys, chosen:
     def flat(*values):
         known = dict(zip(order, values, strict=True))
         args = [known[k] if k in known else _Unknown(_Needed(k)) for k in range(len(names))]
-        with _jax.take_current_trace() as parent, _jax.set_current_trace(_Watching(parent, check)):
+        with driven(_Checked(check)):
             leaves, tree = tree_flatten(pattern(*args))
         trees.append(tree)
         return leaves
@@ -273,86 +276,71 @@ def _wrong(pattern: Callable, what: str, hint: str) -> GraphError:
 # ------------------------------------------------------------------------------------------------ the new graph
 
 
-class _Instead(Watch):
-    """Binds an equation with another function in the place of its body; its derivative rules and specs stay."""
+class _Replacement(Pass):
+    """Evaluates a level of a graph as its plan says.
 
-    __slots__ = ("f",)
+    Attributes:
+      items: the nodes and calls of the level, one per equation; `item` is that of the equation that is visited.
+      arrays: the arrays of the values computed so far; inside of opened calls too.
+    """
 
-    def __init__(self, parent: Any, f: Callable):
-        super().__init__(parent)
-        self.f = f
+    def __init__(
+        self, replacement: Callable, parameters: list[str], plan: Plan, level: Level, arrays: dict[Value, Any]
+    ):
+        self.replacement, self.parameters = replacement, parameters
+        self.plan, self.view_level, self.arrays = plan, level, arrays
+        self.items: Iterator[Node | Level] = iter(())
+        self.item: Any = None
+        self.memo = plan.staged
 
-    def call(self, process, primitive, functions, values, options):
-        fun, *rules = functions
-        finished = lambda finish: lambda *values: finish(*self.f(*values))  # a shard_map's own function returns more
-        other = _jax.transformed(fun, lambda g: self.f if rules else finished(g))
-        return process(self.parent, [other, *rules], values)
+    def level(self, jaxpr: Any, values: Sequence[Any]) -> Any:
+        """The jaxpr itself; its inputs are known from here."""
+        self.items = iter(self.view_level.items)
+        self._store([*jaxpr.constvars, *jaxpr.invars], values)
+        return jaxpr
 
-
-class _Run(NamedTuple):
-    """Evaluates a graph under the current trace as its plan says."""
-
-    replacement: Callable
-    parameters: list[str]
-
-    def __call__(self, plan: Plan, values: Sequence[Any]) -> list[Any]:
-        return self._level(plan, plan.view.level, values, {})
-
-    def _level(self, plan: Plan, level: Level, values: Sequence[Any], found: dict[Value, Any]) -> list[Any]:
-        env: dict[Any, Any] = {}
-        read = lambda v: v.val if isinstance(v, _jax.Literal) else env.get(v)  # None where nobody needs it any more
-
-        def write(variables, values):
-            for v, x in zip(variables, values, strict=True):
-                env[v] = x
-                if x is not None:
-                    found.setdefault(level.values[v], x)
-
-        write([*level.jaxpr.constvars, *level.jaxpr.invars], values)
-        for item in level.items:
-            with _jax.context_of(item.eqn), of_width(v.aval for v in (*item.eqn.invars, *item.eqn.outvars)):
-                write(item.eqn.outvars, self._outputs(plan, item, list(map(read, item.eqn.invars)), found))
-        return list(map(read, level.jaxpr.outvars))
-
-    def _outputs(self, plan: Plan, item: Node | Level, values: list[Any], found: dict[Value, Any]) -> list[Any]:
+    def visit(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of an equation: of a match by the replacement, None where nobody needs it."""
+        self.item = item = next(self.items)
         if isinstance(item, Level):
-            if item in plan.opened:
-                return self._level(plan, item, [*subjaxprs.bodies(item.eqn)[0].jaxpr.consts, *values], found)
-            return apply(_NOTHING, item.eqn, values)
-        if item in plan.matches:
-            match = plan.matches[item]
-            found.update(zip(match.outputs, self._replaced(match, item.eqn, found), strict=True))
-        outputs = [None] * len(item.outputs) if item in plan.gone else self._bound(item, values)
-        return [found[v] if plan.is_new(item, v) else x for v, x in zip(item.outputs, outputs, strict=True)]
+            outputs = super().visit(eqn, values)
+        else:
+            if match := self.plan.matches.get(item):
+                self.arrays.update(zip(match.outputs, self._replaced(match, eqn), strict=True))
+            outputs = [None] * len(item.outputs) if item in self.plan.gone else super().visit(eqn, values)
+            outputs = [
+                self.arrays[v] if self.plan.is_new(item, v) else x for v, x in zip(item.outputs, outputs, strict=True)
+            ]
+        self._store(eqn.outvars, outputs)
+        return outputs
 
-    def _bound(self, node: Node, values: list[Any]) -> list[Any]:
-        """The outputs of an equation that stays, with its sub-graphs as their plans say."""
-        eqn, plans, bodies = node.eqn, node.plans, subjaxprs.bodies(node.eqn)
-        if not any(plan.count for plan in plans):
-            return apply(_NOTHING, eqn, values)
-        if eqn.primitive.name in subjaxprs.FUNCTIONAL | subjaxprs.INLINED:
-            f = lambda *values: self(plans[0], [*bodies[0].jaxpr.consts, *values])
-            if eqn.primitive.name in subjaxprs.INLINED:
-                return f(*values)
-            params = subjaxprs.emptied(eqn.params) if eqn.primitive.name == "shard_map" else eqn.params
-            with _jax.take_current_trace() as parent, _jax.set_current_trace(_Instead(parent, f)):
-                return _jax.bind(eqn.primitive, params, values)
-        new = [self._staged(body.jaxpr, plan) for body, plan in zip(bodies, plans, strict=True)]
-        return subjaxprs.rebind(eqn.primitive, eqn.params, values, new)
+    def enters(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """Whether there are matches inside."""
+        is_call = isinstance(self.item, Level)
+        return self.item in self.plan.opened if is_call else any(plan.count for plan in self.item.plans)
 
-    def _staged(self, jaxpr: Any, plan: Plan) -> subjaxprs.Opened:
-        """A sub-graph as its plan says; once, so that what is shared stays shared."""
-        if not plan.count:
-            return subjaxprs.opened(jaxpr)
-        inner, context = jaxpr.jaxpr, _jax.trace_context()
-        if context not in plan.staged:
-            plan.staged[context] = retraced(inner, lambda *values: self(plan, values))
-        opened = plan.staged[context]
-        return subjaxprs.Opened(opened.jaxpr, [*opened.consts, *jaxpr.consts])
+    def inlines(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """Whether a match needs the call opened."""
+        return isinstance(self.item, Level) or super().inlines(eqn, values)
 
-    def _replaced(self, match: Match, eqn: Any, found: dict[Value, Any]) -> list[Any]:
+    def body(self, eqn: Any, k: int) -> _Replacement | None:
+        """The pass for a sub-jaxpr; derivative rules stay as they are."""
+        item = self.item
+        if isinstance(item, Level):
+            return _Replacement(self.replacement, self.parameters, self.plan, item, self.arrays)
+        plan = item.plans[k] if k < len(item.plans) else None
+        return (
+            _Replacement(self.replacement, self.parameters, plan, plan.view.level, {}) if plan and plan.count else None
+        )
+
+    def _store(self, variables: Sequence[Any], arrays: Sequence[Any]) -> None:
+        for v, x in zip(variables, arrays, strict=True):
+            if x is not None:
+                self.arrays.setdefault(self.view_level.values[v], x)
+
+    def _replaced(self, match: Match, eqn: Any) -> list[Any]:
         """What the replacement returns in the place of a match, of the types that the match has."""
-        args = [found[v] if v in found else _jax.staged(v.const) for v in match.inputs]
+        args = [self.arrays[v] if v in self.arrays else _jax.staged(v.const) for v in match.inputs]
         inputs = ", ".join(f"{n}: {v.aval.str_short()}" for n, v in zip(self.parameters, match.inputs, strict=True))
         try:
             outputs, tree = tree_flatten(self.replacement(*args))

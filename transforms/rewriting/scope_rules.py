@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ from jax.tree_util import tree_flatten, tree_structure, tree_unflatten
 from ..core import _jax, subjaxprs
 from ..core.errors import ArgumentError, OptionError, location
 from ..core.graph import Graph
-from ..core.passes import checked, retraced, run
+from ..core.passes import Pass, bind, run
+from ..core.rules import checked
 from ..core.scope_paths import Path, entered, is_within, joined
 from ..core.signatures import described, name_of
 
@@ -59,11 +61,11 @@ def scoped(f: Callable, rules: Mapping[str, Callable]) -> Callable:
     @_jax.api_boundary
     def with_rules(*args, **kwargs):
         jaxpr, values, names, result = _traced(f, args, kwargs)
-        scopes = Scopes(rules)
-        outputs = scopes.evaluate(jaxpr.jaxpr, [*jaxpr.consts, *values], (), ["const"] * len(jaxpr.consts) + names)
+        p = ScopeRules(rules, names)
+        outputs = run(p, jaxpr, values)
         for pattern in rules:
-            if pattern not in scopes.found:
-                raise _missing(f, pattern, scopes.found, list(_scopes_of(jaxpr)))
+            if pattern not in p.matched:
+                raise _missing(f, pattern, p.matched, list(_scopes_of(jaxpr)))
         return result(outputs)
 
     return with_rules
@@ -109,9 +111,11 @@ class Region(NamedTuple):
     rule: Callable
     source_info: Any
     ctx: Any
+    primitive: Any = _jax.Primitive("region")
+    params: Mapping[str, Any] = MappingProxyType({})
 
 
-class Steps(NamedTuple):
+class Level(NamedTuple):
     """A jaxpr in which scopes stand as regions."""
 
     constvars: list[Any]
@@ -120,12 +124,18 @@ class Steps(NamedTuple):
     eqns: list[Any]
 
 
-class Scopes:
-    """One evaluation with rules for scopes: the rules, and which of them found their scope."""
+class ScopeRules(Pass):
+    """One level of an evaluation with rules for scopes.
 
-    def __init__(self, rules: Mapping[str, Callable]):
-        self.rules = rules
-        self.found: set[str] = set()
+    Attributes:
+      matched: the patterns that have a scope.
+      inputs: what the inputs of this level are called. names: the same of each variable.
+    """
+
+    def __init__(self, rules: Mapping[str, Callable], inputs: Sequence[str], around: Path = (), matched: Any = None):
+        self.rules, self.inputs, self.around = rules, inputs, around
+        self.matched: set[str] = set() if matched is None else matched
+        self.names: dict[Any, str] = {}
 
     def match(self, eqn: Any, around: Path) -> tuple[str, Path] | None:
         """The rule's pattern and the scope that an equation lies in, unless all of `around` lies in it."""
@@ -134,64 +144,57 @@ class Scopes:
         return next(((p, scope) for p, scope in scopes if scope and not is_within(around, scope)), None)
 
     def holds(self, eqn: Any, around: Path) -> bool:
-        """Whether the sub-graphs of an equation have scopes with rules."""
+        """Whether the sub-jaxprs of an equation have scopes with rules."""
+        if eqn.primitive.name in subjaxprs.FUNCTIONAL:
+            return False
         path = joined(around, _jax.scopes(_jax.name_stack(eqn)))
-        is_one = eqn.primitive.name in subjaxprs.FUNCTIONAL
-        inner = (e for body in subjaxprs.bodies(eqn) for e in body.jaxpr.jaxpr.eqns)
-        return not is_one and any(self.match(e, path) or self.holds(e, path) for e in inner)
+        eqns = (e for body in subjaxprs.bodies(eqn) for e in body.jaxpr.jaxpr.eqns)
+        return any(self.match(e, path) or self.holds(e, path) for e in eqns)
 
-    def evaluate(self, jaxpr: _jax.Jaxpr, values: Sequence[Any], around: Path, names: Sequence[str]) -> list[Any]:
-        """Evaluate a jaxpr whose inputs, constants among them, are called `names`."""
-        called = dict(zip([*jaxpr.constvars, *jaxpr.invars], names, strict=True))
+    def name(self, atom: Any) -> str:
+        """Where a value comes from: the path of an argument, or the scope and primitive that computed it."""
+        return self.names.get(atom, "") if isinstance(atom, _jax.Var) else "const"
+
+    def enters(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """Whether a scope inside has a rule."""
+        return not isinstance(eqn, Region) and self.holds(eqn, self.around)
+
+    def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs of a scope by its rule."""
+        if not isinstance(eqn, Region):
+            return bind(eqn, values)
+        outputs = eqn.rule(eqn.graph, *values)
+        outputs = [outputs] if len(eqn.outvars) == 1 else outputs
+        return checked(f"the rule of the scope {eqn.graph.name!r}", eqn, eqn.graph.out_avals, outputs)
+
+    def body(self, eqn: Any, k: int) -> ScopeRules:
+        """The same rules, with the names of the operands."""
+        names = subjaxprs.operands(eqn, list(map(self.name, eqn.invars)))[k]
+        path = joined(self.around, _jax.scopes(_jax.name_stack(eqn)))
+        return ScopeRules(self.rules, [name or "" for name in names], path, self.matched)
+
+    def level(self, jaxpr: _jax.Jaxpr, values: Sequence[Any]) -> Level:
+        """The jaxpr with scopes as regions."""
+        self.names = dict.fromkeys(jaxpr.constvars, "const") | dict(zip(jaxpr.invars, self.inputs, strict=True))
         for eqn in jaxpr.eqns:
-            path = joined(around, _jax.scopes(_jax.name_stack(eqn)))
-            called.update(dict.fromkeys(eqn.outvars, "/".join((*path, eqn.primitive.name))))
-        name = lambda v: called.get(v, "") if isinstance(v, _jax.Var) else "const"
-        steps: Any = Steps(jaxpr.constvars, jaxpr.invars, jaxpr.outvars, list(self.steps(jaxpr, around, name)))
+            path = joined(self.around, _jax.scopes(_jax.name_stack(eqn)))
+            self.names.update(dict.fromkeys(eqn.outvars, "/".join((*path, eqn.primitive.name))))
+        return Level(jaxpr.constvars, jaxpr.invars, jaxpr.outvars, list(self._with_regions(jaxpr)))
 
-        def apply(step, values):
-            if isinstance(step, Region):
-                outputs = step.rule(step.graph, *values)
-                outputs = [outputs] if len(step.outvars) == 1 else outputs
-                return checked(f"the rule of the scope {step.graph.name!r}", step, step.graph.out_avals, outputs)
-            return self.bind(step, values, around, list(map(name, step.invars)))
-
-        return run(steps, values, apply)
-
-    def steps(self, jaxpr: _jax.Jaxpr, around: Path, name: Callable[[Any], str]) -> Iterator[Any]:
+    def _with_regions(self, jaxpr: _jax.Jaxpr) -> Iterator[Any]:
         """The equations of a jaxpr, those of a scope as one region."""
         last = {v: k for k, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if isinstance(v, _jax.Var)}
         last.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if isinstance(v, _jax.Var))
-        numbered = ((k, eqn, self.match(eqn, around)) for k, eqn in enumerate(jaxpr.eqns))
-        for found, group in groupby(numbered, key=lambda x: x[2]):
+        numbered = ((k, eqn, self.match(eqn, self.around)) for k, eqn in enumerate(jaxpr.eqns))
+        for match, group in groupby(numbered, key=lambda x: x[2]):
             places, eqns, _ = zip(*group, strict=True)
-            if found is None:
+            if match is None:
                 yield from eqns
             else:
-                pattern, scope = found
-                self.found.add(pattern)
+                pattern, scope = match
+                self.matched.add(pattern)
                 outvars = [v for eqn in eqns for v in eqn.outvars if last.get(v, -1) > places[-1]]
-                yield _region(jaxpr, eqns, outvars, "/".join(scope), self.rules[pattern], name)
-
-    def bind(self, eqn: Any, values: Sequence[Any], around: Path, names: list[str]) -> list[Any]:
-        """The outputs of an equation, the scopes in its sub-graphs computed by their rules."""
-        if not self.holds(eqn, around):
-            return _jax.bind(eqn.primitive, eqn.params, values)
-        path = joined(around, _jax.scopes(_jax.name_stack(eqn)))
-        bodies = subjaxprs.bodies(eqn)
-
-        def again(jaxpr, names):
-            names = ["const"] * len(jaxpr.consts) + names
-            return lambda *values: self.evaluate(jaxpr.jaxpr, values, path, names)
-
-        jaxprs = [body.jaxpr for body in bodies]
-        given = [[name or "" for name in inputs] for inputs in subjaxprs.operands(eqn, names)]
-        functions = list(map(again, jaxprs, given))
-        if eqn.primitive.name in subjaxprs.INLINED:
-            return functions[0](*jaxprs[0].consts, *values)
-        opened = [retraced(j.jaxpr, f) for j, f in zip(jaxprs, functions, strict=True)]
-        new = [subjaxprs.Opened(o.jaxpr, [*o.consts, *j.consts]) for o, j in zip(opened, jaxprs, strict=True)]
-        return subjaxprs.rebind(eqn.primitive, eqn.params, values, new)
+                yield _region(jaxpr, eqns, outvars, "/".join(scope), self.rules[pattern], self.name)
 
 
 def _region(

@@ -11,10 +11,10 @@ from jax.tree_util import tree_map, tree_unflatten
 from ..core import _jax
 from ..core.errors import ArgumentError, OptionError, location
 from ..core.graph import Graph
-from ..core.passes import run
-from ..core.scope_paths import Probe, Where, check_where
+from ..core.passes import driven, run
+from ..core.scope_paths import Where, check_where
 from ..core.signatures import name_of
-from .frames import Frame, watched
+from .tap_pass import Selection, Tap
 
 
 def tap(f: Callable | None = None, *, where: Where) -> Any:
@@ -48,7 +48,7 @@ def tap(f: Callable | None = None, *, where: Where) -> Any:
     check_where("tap", where)
     if f is None:
         return functools.partial(tap, where=where)
-    return _probed("tap", f, Probe(where), lambda out, frame: (out, frame.seen()))
+    return _tapped("tap", f, Selection(where), lambda out, level: (out, level.seen()))
 
 
 def patch(f: Callable | None = None, *, where: Where, replace: Any) -> Any:
@@ -76,8 +76,8 @@ def patch(f: Callable | None = None, *, where: Where, replace: Any) -> Any:
     if f is None:
         return functools.partial(patch, where=where, replace=replace)
 
-    def finish(out, frame):
-        if not frame.found:
+    def finish(out, level):
+        if not level.tapped:
             raise OptionError(
                 f"patch found nothing in {name_of(f)} that where={where!r:.60} selects.",
                 at=location(f),
@@ -86,22 +86,22 @@ def patch(f: Callable | None = None, *, where: Where, replace: Any) -> Any:
         return out
 
     values = replace if callable(replace) else lambda *_: replace
-    return _probed("patch", f, Probe(where, values), finish)
+    return _tapped("patch", f, Selection(where, values), finish)
 
 
-def _probed(verb: str, f: Callable, probe: Probe, finish: Callable[[Any, Frame], Any]) -> Any:
+def _tapped(verb: str, f: Callable, selection: Selection, finish: Callable[[Any, Tap], Any]) -> Any:
     if not callable(f):
         raise ArgumentError(f"{verb} takes a function or a Graph, and got {type(f).__name__}.", inputs=f"{f!r:.60}")
 
     @functools.wraps(f, updated=())
     @_jax.api_boundary
-    def probed(*args, **kwargs):
-        frame = Frame(probe, base=len(_jax.name_stack()))
+    def tapped(*args, **kwargs):
+        level = Tap(selection)
         if isinstance(f, Graph):
-            values = [*f.jaxpr.consts, *f.leaves(*args, **kwargs)]
-            out = tree_unflatten(f.out_tree, run(f.jaxpr.jaxpr, values, frame.apply))
+            out = tree_unflatten(f.out_tree, run(level, f.jaxpr, f.leaves(*args, **kwargs)))
         else:
-            out = watched(f, frame)(*args, **kwargs)
-        return finish(tree_map(frame.returned, out), frame)
+            with driven(level):
+                out = f(*args, **kwargs)
+        return finish(tree_map(level.returned, out), level)
 
-    return f.derive(probed, f"{verb}({name_of(f)})") if isinstance(f, Graph) else probed
+    return f.derive(tapped, f"{verb}({name_of(f)})") if isinstance(f, Graph) else tapped

@@ -24,8 +24,8 @@ from jax import lax
 from jax.tree_util import tree_leaves, tree_structure, tree_unflatten
 
 from ..core import _jax, manual_axes, subjaxprs
-from ..core.passes import FOREIGN, evaluate, live
-from ..core.rules import Rules
+from ..core.passes import run
+from ..core.rules import RETYPING, Rules, live
 from . import checkpointed
 from .adjoint import Flag, Flags, Sweep, chosen, merged, tangents
 from .checkpointed import Kept
@@ -87,8 +87,8 @@ def _sweep_of(loops: Loops, params: dict) -> Sweep:
     key = cond_jaxpr.jaxpr, loops, n, m, _jax.trace_context()
     if key not in memo:
         c, x = [*cond_jaxpr.in_avals[:n], *body_jaxpr.in_avals[:m]], list(body_jaxpr.in_avals[m:])
-        cond = lambda c, x: evaluate(cond_jaxpr, rules(loops), [*c[:n], *x])[0]
-        step = lambda c, x: evaluate(body_jaxpr, rules(loops), [*c[n:], *x])
+        cond = lambda c, x: run(rules(loops), cond_jaxpr, [*c[:n], *x])[0]
+        step = lambda c, x: run(rules(loops), body_jaxpr, [*c[n:], *x])
         memo[key] = Sweep.of(cond, step, lambda c, x, y: (step(c, x), [], []), c, x, [], 0, loops)
     return memo[key]
 
@@ -120,8 +120,8 @@ def _apart(params: dict, values: Sequence[Any]) -> tuple[dict, Sequence[Any]]:
         return params, values
     jaxprs = {}
     for key in ("cond_jaxpr", "body_jaxpr"):
-        run = lambda *values, j=params[key]: [manual_axes.vary(x, axes) for x in evaluate(j, FOREIGN, values)]
-        jaxprs[key] = _jax.stage_flat(run, [manual_axes.vary(a, axes) for a in params[key].in_avals], _jax.no_names)
+        retyped = lambda *values, j=params[key]: [manual_axes.vary(x, axes) for x in run(RETYPING, j, values)]
+        jaxprs[key] = _jax.stage_flat(retyped, [manual_axes.vary(a, axes) for a in params[key].in_avals], _jax.no_names)
     return {**params, **jaxprs}, [manual_axes.vary(x, axes) for x in values]
 
 

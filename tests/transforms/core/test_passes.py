@@ -58,7 +58,7 @@ def holders(sin):
         return jax.shard_map(body, mesh=MESH, in_specs=P("i"), out_specs=P("i"))(x)
 
     def call(primitive, x):
-        jaxpr, closed_over, _ = subjaxprs.opened(jax.make_jaxpr(sin)(x))
+        jaxpr, closed_over, _ = subjaxprs.lifted(jax.make_jaxpr(sin)(x))
         jaxpr = jaxpr.jaxpr if primitive is call_p else jaxpr  # open on JAX 0.10; since then the two are one
         return _jax.bind(primitive, {"call_jaxpr": jaxpr}, [*closed_over, x])[0]
 

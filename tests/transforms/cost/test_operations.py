@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from funcgrad.transforms.core import _jax, subjaxprs
-from funcgrad.transforms.core.passes import retraced
 from jax import lax
 from jax.extend.core import Literal
 
@@ -79,7 +80,9 @@ def unrolled(jaxpr, *values):
         if name == "scan":
             return steps(eqn, bodies[0], values)
         if bodies:
-            opened = [retraced(j.jaxpr, lambda *values, j=j: unrolled(j, *values)) for j in bodies]
+            opened = [
+                subjaxprs.lifted(_jax.stage_flat(partial(unrolled, j), j.in_avals, _jax.no_names)) for j in bodies
+            ]
             return subjaxprs.rebind(eqn.primitive, eqn.params, values, opened)
         return _jax.bind(eqn.primitive, eqn.params, values)
 

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
 from ...core import _jax, subjaxprs
 from ...core.graph import Graph
-from ...core.passes import retraced, run
+from ...core.passes import Pass, run
 from ...core.scope_paths import Path, joined
 from ...cost.operations import work
 from ...cost.table import Row
 
-_CALLS = (
-    subjaxprs.WITH_DERIVATIVES | subjaxprs.INLINED | {"closed_call", "call", "eval_jaxpr"}
-)  # mean nothing but their body here
+# Calls that stand as their bodies. A jit may also place or donate its operands, a remat keeps XLA from merging equations.
+_CALLS = subjaxprs.CALLS - {"jit", "remat2", "compute_on"}
 
 
 class Tag(NamedTuple):
@@ -34,55 +32,70 @@ class Tag(NamedTuple):
 
 def tagged(graph: Graph) -> tuple[Any, list[Tag]]:
     """The graph as a jitted function of its leaves, with a scope around each equation; and the equations, by their tags."""
-    tags: list[Tag] = []
-    makers: dict[int, tuple[int, Any]] = {}  # by the identity of a value, which is kept so that no other gets it
-
-    counts: Counter[str] = Counter()  # of equations of a name
-
-    def name_of(eqn: Any, path: Path) -> str:
-        name = "/".join((*path, eqn.primitive.name))
-        counts[name] += 1
-        return f"{name}#{counts[name] - 1}"
-
-    def apply(path: Path, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        path = joined(path, _jax.scopes(_jax.name_stack(eqn)))
-        name = name_of(eqn, path)
-        bodies = [body.jaxpr for body in subjaxprs.bodies(eqn) if eqn.primitive.name != "shard_map"]
-        if subjaxprs.is_plain(eqn) or eqn.primitive.name in _CALLS:
-            return run(bodies[0].jaxpr, [*bodies[0].consts, *values], partial(apply, path))
-        tag = len(tags)
-        parents = tuple(makers[id(x)][0] for x in values if id(x) in makers)
-        tags.append(Tag(Row(eqn, path, 1, None if bodies else work(eqn)), name, parents))
-        for body in subjaxprs.bodies(eqn)[len(bodies) :]:
-            passed_over(path, body.jaxpr.jaxpr)
-        with jax.named_scope(f"fg[{tag}]"):
-            if bodies:
-                opened = [again(path, body) for body in bodies]
-                outputs = subjaxprs.rebind(eqn.primitive, eqn.params, values, opened)
-            else:
-                outputs = _jax.bind(eqn.primitive, eqn.params, values)
-        makers.update((id(x), (tag, x)) for x in outputs)
-        return outputs
-
-    def passed_over(path: Path, jaxpr: Any) -> None:
-        """Count equations that have no tags."""
-        for eqn in jaxpr.eqns:
-            inner = joined(path, _jax.scopes(_jax.name_stack(eqn)))
-            name_of(eqn, inner)
-            for body in subjaxprs.bodies(eqn):
-                passed_over(inner, body.jaxpr.jaxpr)
-
-    def again(path: Path, jaxpr: Any) -> subjaxprs.Opened:
-        opened = retraced(jaxpr.jaxpr, lambda *values: run(jaxpr.jaxpr, values, partial(apply, path)))
-        return subjaxprs.Opened(opened.jaxpr, [*opened.consts, *jaxpr.consts])
+    p = _Tagging()
 
     def run_tagged(*leaves):
-        outputs = run(graph.jaxpr.jaxpr, [*graph.jaxpr.consts, *leaves], partial(apply, ()))
-        makers.clear()
+        outputs = run(p.within(()), graph.jaxpr, leaves)
+        p.makers.clear()
         return outputs
 
     run_tagged.__name__ = graph.name
-    return jax.jit(run_tagged, donate_argnums=donated(graph)), tags
+    return jax.jit(run_tagged, donate_argnums=donated(graph)), p.tags
+
+
+class _Tagging(Pass):
+    """Puts a scope around each equation.
+
+    Attributes:
+      makers: by the identity of a value, the tag of its equation; the value is kept so that no other gets its identity.
+      counts: of equations of a name.
+    """
+
+    def __init__(self) -> None:
+        self.tags: list[Tag] = []
+        self.makers: dict[int, tuple[int, Any]] = {}
+        self.counts: Counter[str] = Counter()
+
+    def enters(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """All but the bodies of a shard_map, in which operands have other types."""
+        return eqn.primitive.name != "shard_map"
+
+    def inlines(self, eqn: Any, values: Sequence[Any]) -> bool:
+        """Calls that mean nothing but their bodies."""
+        return subjaxprs.is_plain(eqn) or eqn.primitive.name in _CALLS
+
+    def body(self, eqn: Any, k: int) -> _Tagging:
+        """The same pass in the program's own scopes."""
+        return self.within(tuple(name for name in self.scope() if not name.startswith("fg[")))
+
+    def visit(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """The outputs, computed in a scope of their own."""
+        path = self.scope()
+        name = self._name(eqn, path)
+        if self.inlines(eqn, values):
+            return super().visit(eqn, values)
+        parents = tuple(self.makers[id(x)][0] for x in values if id(x) in self.makers)
+        bodies, tag = subjaxprs.bodies(eqn), len(self.tags)
+        is_entered = bool(bodies) and self.enters(eqn, values)
+        self.tags.append(Tag(Row(eqn, path, 1, None if is_entered else work(eqn)), name, parents))
+        if not is_entered:
+            self._count(path, bodies)
+        with jax.named_scope(f"fg[{tag}]"):
+            outputs = super().visit(eqn, values)
+        self.makers.update((id(x), (tag, x)) for x in outputs)
+        return outputs
+
+    def _name(self, eqn: Any, path: Path) -> str:
+        name = "/".join((*path, eqn.primitive.name))
+        self.counts[name] += 1
+        return f"{name}#{self.counts[name] - 1}"
+
+    def _count(self, path: Path, bodies: Sequence[subjaxprs.Body]) -> None:
+        """Count equations that have no tags."""
+        for eqn in (e for body in bodies for e in body.jaxpr.jaxpr.eqns):
+            around = joined(path, _jax.scopes(_jax.name_stack(eqn)))
+            self._name(eqn, around)
+            self._count(around, subjaxprs.bodies(eqn))
 
 
 def donated(graph: Graph) -> tuple[int, ...]:
