@@ -13,7 +13,7 @@ import funcgrad as fg
 from ..checks import assert_near, temp_bytes
 from ..trainings import trainings
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.optimized]
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from .... import trainings
 from ....checks import options, raised_by, summed
 from ....corpus import CORPUS
 
+pytestmark = pytest.mark.optimized
 W = jnp.linspace(-1, 1, 64 * 64).reshape(64, 64)
 X = jnp.linspace(0, 1, 32 * 64).reshape(32, 64)
 
