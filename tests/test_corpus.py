@@ -60,6 +60,7 @@ def test_loops_are_reversed(p):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
+@pytest.mark.sample(1 / 2)
 @pytest.mark.parametrize("p", CORPUS, ids=str)
 def test_trace(p):
     graph = fg.verify(fg.trace(p.f, *p.args))
@@ -68,6 +69,7 @@ def test_trace(p):
     assert_same_graph(fg.trace(graph, *p.args), graph)
 
 
+@pytest.mark.sample(1 / 2)
 @pytest.mark.parametrize("p", CORPUS, ids=str)
 def test_identity_rewrite(p):
     graph = fg.trace(p.f, *p.args)
@@ -83,6 +85,7 @@ def test_identity_rewrite_differentiated(p):
     assert_same_program(jax.grad(graph, **options(p)), jax.grad(summed(p.f), **options(p)), p.args, is_graph=True)
 
 
+@pytest.mark.sample(1 / 2)
 @pytest.mark.parametrize("p", CORPUS, ids=str)
 def test_identity_live(p):
     assert_same_program(identity_live(p.f), p.f, p.args)
