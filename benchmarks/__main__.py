@@ -8,13 +8,17 @@ import importlib
 import json
 import os
 import platform
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jaxlib
 from rich.console import Console
 from rich.table import Table
+
+from .interleaving import Figure
 
 PARTS = (
     "gradients",
@@ -31,12 +35,16 @@ PARTS = (
 )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit status: 1 if a check finds a figure out of its bounds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Compare funcgrad with JAX.")
     parser.add_argument("which", nargs="*", metavar="part", help=f"one of {', '.join(PARTS)}; all parts by default")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument("--quick", action="store_true", help="a fast test of the code; the figures are not meaningful")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--check", action="store_true", help="check all bounds of benchmarks/bounds.py; status 1 if one is missed"
+    )
+    options = parser.parse_args(arguments)
     if unknown := {*options.which} - {*PARTS}:
         parser.error(f"no part is named {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
 
@@ -45,6 +53,11 @@ def main() -> None:
 
     console, results, parts = Console(width=130), machine() | {"quick": options.quick}, {}
     console.print(" ".join(f"{name} {value}" for name, value in results.items()), highlight=False)
+    if options.check:
+        check = importlib.import_module("benchmarks.check")
+        figures = list(check.figures(options.quick))
+        console.print(targets("check", figures))
+        return 0 if options.quick or all(figure.is_met for figure in figures) else 1
     for name in options.which or PARTS:
         part, start_s = importlib.import_module(f"benchmarks.{name}"), time.perf_counter()
         rows = part.run(options.quick)
@@ -55,11 +68,17 @@ def main() -> None:
             "figures": [dataclasses.asdict(f) | {"is_met": f.is_met} for f in figures],
         }
         console.print(table(name, part.COLUMNS, rows))
-        shown = [{**vars(f), "target": f.target, "": "ok" if f.is_met else "missed"} for f in figures]
-        console.print(table(f"{name}: targets", {"name": "", "value": ".3f", "target": "", "": ""}, shown))
+        console.print(targets(f"{name}: targets", figures))
     if options.json:
         with open(options.json, "w") as file:
             json.dump({**results, "parts": parts}, file, indent=2)
+    return 0
+
+
+def targets(title: str, figures: Sequence[Figure]) -> Table:
+    """Figures beside their targets."""
+    rows = [{**vars(f), "target": f.target, "": "ok" if f.is_met else "missed"} for f in figures]
+    return table(title, {"name": "", "value": ".3f", "target": "", "": ""}, rows)
 
 
 def machine() -> dict[str, Any]:
@@ -84,4 +103,4 @@ def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> Ta
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

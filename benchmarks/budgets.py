@@ -119,7 +119,9 @@ def measured(
 ) -> Iterator[dict[str, Any]]:
     """One row per budget, and one row for the smallest programs. Missing figures are NaN. `quick`: two handwritten variants."""
     loss, args = make(lambda layer: layer)
-    ways = [compiled(way, *made) for way, *made in itertools.islice(by_hand(make, segments), 2 if quick else None)]
+    ways = [
+        compiled(way, *program) for way, *program in itertools.islice(by_hand(make, segments), 2 if quick else None)
+    ]
     default, values = ways[0], arrays(args)
     budgets = {part: math.floor(part * default.bytes) for part in parts}
     if not quick:
@@ -163,15 +165,15 @@ def planned(loss: Callable, args: tuple, size: int) -> Any:
 
 
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
-    found = []
+    targets = []
     smaller = [row["MiB_used"] < row["hand_MiB"] for row in rows if row["hand"] == SMALLEST]
     for row in rows:
         name = f"{row['model']} in {row['budget']:.0%}"
         if not math.isnan(row["hand_flops"]):
-            found.append(
+            targets.append(
                 Figure(f"{name}: FLOPs / FLOPs by hand", (1 + row["flops"]) / (1 + row["hand_flops"]), most=1.0)
             )
-            found.append(Figure(f"{name}: time / time by hand", row["time"], most=1.03))
+            targets.append(Figure(f"{name}: time / time by hand", row["time"], most=1.03))
         if row["budget"] in MOST and row["model"].startswith(FORMS):
-            found.append(Figure(f"{name}: extra FLOPs", row["flops"], most=MOST[row["budget"]]))
-    return [*found, Figure("models with a smaller program than by hand", sum(smaller), least=min(4, len(smaller)))]
+            targets.append(Figure(f"{name}: extra FLOPs", row["flops"], most=MOST[row["budget"]]))
+    return [*targets, Figure("models with a smaller program than by hand", sum(smaller), least=min(4, len(smaller)))]

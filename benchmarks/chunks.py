@@ -80,18 +80,18 @@ def programs(quick: bool) -> list[Mapped]:
     ws = weights((8, 16, 4) if quick else (64, 128, 128, 10))
     gradient = jax.grad(lambda ws, x: jnp.sum(mlp(ws, x) ** 2))
     norm = lambda x: sum(jnp.sum(g**2) for g in gradient(ws, x))
-    found = [of_examples("norms of gradients", norm, normal(32 if quick else 512, ws[0].shape[0]))]
+    mapped_programs = [of_examples("norms of gradients", norm, normal(32 if quick else 512, ws[0].shape[0]))]
     if quick:
-        return found
-    found.append(of_examples("gradients", functools.partial(gradient, ws), normal(512, 64)))
+        return mapped_programs
+    mapped_programs.append(of_examples("gradients", functools.partial(gradient, ws), normal(512, 64)))
     wide = weights((256, 512, 512, 10))
     wider = lambda x: sum(jnp.sum(g**2) for g in gradient(wide, x))
-    found.append(of_examples("norms of wide gradients", wider, normal(128, 256)))
+    mapped_programs.append(of_examples("norms of wide gradients", wider, normal(128, 256)))
     points = normal(2000, 16)
     kernel = lambda x: jax.nn.softmax(-jnp.sum((points - x) ** 2, -1)) @ points
-    found.append(of_examples("pairwise kernel", kernel, points))
+    mapped_programs.append(of_examples("pairwise kernel", kernel, points))
     return [
-        *found,
+        *mapped_programs,
         jacobian_of(weights((256, 512, 1024)), normal(256)),
         hessian_of(weights((256, 256, 256, 1)), normal(256)),
     ]
@@ -152,20 +152,20 @@ def measured(p: Mapped, memory: str, quick: bool) -> dict[str, Any]:
     timed = interleaved(
         *ways, rounds=3 if quick else 15, calls=calls_within(0.01 if quick else 0.2, ways[1]), within_s=15
     )
-    took, spent = timed.wall_s, timed.cpu_s
-    best = 2 + int(np.argmin(np.median(took[2:], axis=1))) if by_hand else 0
+    times_s, spent = timed.wall_s, timed.cpu_s
+    best = 2 + int(np.argmin(np.median(times_s[2:], axis=1))) if by_hand else 0
     return {
         "program": p.name,
         "lanes": p.lanes,
         "budget": memory,
         "budget_kb": budget / 1024,
-        "plain_ms": float(np.median(took[0])) * 1e3,
-        "by_hand_ms": float(np.median(took[best])) * 1e3,
+        "plain_ms": float(np.median(times_s[0])) * 1e3,
+        "by_hand_ms": float(np.median(times_s[best])) * 1e3,
         "by_hand": list(by_hand)[best - 2] if by_hand else p.lanes,
-        "ours_ms": float(np.median(took[1])) * 1e3,
-        "time": ratio(took[1], took[best]),
+        "ours_ms": float(np.median(times_s[1])) * 1e3,
+        "time": ratio(times_s[1], times_s[best]),
         "cpu": ratio(spent[1], spent[best]),
-        "beside_plain": ratio(took[1], took[0]),
+        "beside_plain": ratio(times_s[1], times_s[0]),
         "memory": temp_bytes(ours, p.x) / max(budget, 1),
         "choosing_s": choosing_s,
     }

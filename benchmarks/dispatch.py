@@ -16,10 +16,10 @@ import numpy as np
 
 import funcgrad as fg
 
+from .bounds import figure
 from .interleaving import Figure, calls_within, interleaved, ratio
 
 COLUMNS = {"call": "", "leaves": "d", "jax_us": ".2f", "funcgrad_us": ".2f", "difference_us": "+.2f", "ratio": ".3f"}
-MOST_US = 1.0
 
 
 def hit(jit: Callable, params: dict) -> Callable:
@@ -49,21 +49,21 @@ def measured(call: Callable, leaves: int, rounds: int, turn_s: float) -> dict[st
     params = {f"w{i}": jnp.ones(()) for i in range(leaves)}
     ours, theirs = call(fg.jit, params), call(jax.jit, params)
     ours()  # compiles
-    took = interleaved(ours, theirs, rounds=rounds, calls=calls_within(turn_s, theirs)).cpu_s
+    times_s = interleaved(ours, theirs, rounds=rounds, calls=calls_within(turn_s, theirs)).cpu_s
     return {
         "call": call.__name__,
         "leaves": leaves,
-        "jax_us": float(np.median(took[1])) * 1e6,
-        "funcgrad_us": float(np.median(took[0])) * 1e6,
-        "difference_us": float(np.median(took[0] - took[1])) * 1e6,
-        "ratio": ratio(*took),
+        "jax_us": float(np.median(times_s[1])) * 1e6,
+        "funcgrad_us": float(np.median(times_s[0])) * 1e6,
+        "difference_us": float(np.median(times_s[0] - times_s[1])) * 1e6,
+        "ratio": ratio(*times_s),
     }
 
 
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
     """Only hits have a target. In a nested call, tracing costs far more than dispatch."""
     return [
-        Figure(f"hit with {row['leaves']} leaves: extra time over jax.jit, us", row["difference_us"], most=MOST_US)
+        figure(f"hit with {row['leaves']} leaves: extra time over jax.jit, us", row["difference_us"])
         for row in rows
         if row["call"] == "hit"
     ]

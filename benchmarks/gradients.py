@@ -23,6 +23,7 @@ import funcgrad as fg
 from tests.checks import TRANSFORMS, opcode_counts
 from tests.corpus import CORPUS, Program
 
+from .bounds import figure
 from .interleaving import Figure, calls_within, geomean, interleaved, ratio
 
 COLUMNS = {
@@ -40,7 +41,7 @@ COLUMNS = {
     "hlo": "",
 }
 QUICK = ("scalar", "dense", "scan")
-FORMS = {"function": 1.1, "graph": 1.4}  # how much more tracing may cost
+FORMS = "function", "graph"
 
 (GRAD,) = (t for t in TRANSFORMS if t.name == "grad")
 
@@ -51,8 +52,8 @@ def run(quick: bool) -> list[dict[str, Any]]:
     rows = []
     for p in programs:
         tracing, jitted = traced(p, rounds), [make() for make in gradients(p)]
-        for found in zip(tracing, compiled(p, jitted), ran(p, jitted, 2 * rounds + 1, turn_s), strict=True):
-            rows.append({name: value for part in found for name, value in part.items()})
+        for parts in zip(tracing, compiled(p, jitted), ran(p, jitted, 2 * rounds + 1, turn_s), strict=True):
+            rows.append({name: value for part in parts for name, value in part.items()})
     return rows
 
 
@@ -88,24 +89,24 @@ def compiled(p: Program, jitted: list[Any]) -> list[dict[str, Any]]:
     theirs, *ours = zip(stablehlo, hlo, temp_bytes, strict=True)
     return [
         {
-            "stablehlo": difference(own[0], theirs[0]),
-            "hlo": difference(own[1], theirs[1]),
-            "temp_bytes": own[2] - theirs[2],
+            "stablehlo": difference(counts[0], theirs[0]),
+            "hlo": difference(counts[1], theirs[1]),
+            "temp_bytes": counts[2] - theirs[2],
             "jax_temp_bytes": theirs[2],
         }
-        for own in ours
+        for counts in ours
     ]
 
 
 def ran(p: Program, jitted: list[Any], rounds: int, turn_s: float) -> list[dict[str, Any]]:
     ways = [lambda f=f: jax.block_until_ready(f(*p.args)) for f in jitted]
     count = min(calls_within(turn_s, way) for way in ways)
-    took = interleaved(*ways, rounds=rounds, calls=count)
+    times_s = interleaved(*ways, rounds=rounds, calls=count)
     return [
         {
-            "jax_run_us": float(np.median(took.wall_s[0])) * 1e6,
-            "run": ratio(took.cpu_s[k], took.cpu_s[0]),
-            "run_wall": ratio(took.wall_s[k], took.wall_s[0]),
+            "jax_run_us": float(np.median(times_s.wall_s[0])) * 1e6,
+            "run": ratio(times_s.cpu_s[k], times_s.cpu_s[0]),
+            "run_wall": ratio(times_s.wall_s[k], times_s.wall_s[0]),
         }
         for k in range(1, len(ways))
     ]
@@ -118,15 +119,15 @@ def difference(got: Counter, want: Counter) -> str:
 
 
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
-    found = []
-    for form, most in FORMS.items():
-        of = [row for row in rows if row["form"] == form]
-        found += [
-            Figure(f"{form}: run, geomean", geomean(row["run"] for row in of), 0.98, 1.02),
-            Figure(f"{form}: cold trace, geomean", geomean(row["cold"] for row in of), most=most),
-            Figure(f"{form}: warm trace, geomean", geomean(row["warm"] for row in of), most=most),
-            Figure(f"{form}: programs with different StableHLO", sum(row["stablehlo"] != "same" for row in of), 0, 0),
-            Figure(f"{form}: programs with different HLO", sum(row["hlo"] != "same" for row in of), 0, 0),
-            Figure(f"{form}: programs with different temporaries", sum(row["temp_bytes"] != 0 for row in of), 0, 0),
+    figures = []
+    for form in FORMS:
+        of_form = [row for row in rows if row["form"] == form]
+        figures += [
+            figure(f"{form}: run, geomean", geomean(row["run"] for row in of_form)),
+            figure(f"{form}: cold trace, geomean", geomean(row["cold"] for row in of_form)),
+            figure(f"{form}: warm trace, geomean", geomean(row["warm"] for row in of_form)),
+            figure(f"{form}: programs with different StableHLO", sum(row["stablehlo"] != "same" for row in of_form)),
+            figure(f"{form}: programs with different HLO", sum(row["hlo"] != "same" for row in of_form)),
+            figure(f"{form}: programs with different temporaries", sum(row["temp_bytes"] != 0 for row in of_form)),
         ]
-    return found
+    return figures

@@ -60,18 +60,18 @@ def interleaved(
       before: called before each turn; its time does not count.
       within_s: time limit in seconds. After `least` rounds, no new round starts beyond the limit.
     """
-    started_s, took = time.perf_counter(), []
-    while len(took) < rounds and (len(took) < least or time.perf_counter() - started_s < within_s):
+    started_s, rounds_s = time.perf_counter(), []
+    while len(rounds_s) < rounds and (len(rounds_s) < least or time.perf_counter() - started_s < within_s):
         turns = {}
-        for k in range(len(ways))[:: 1 if len(took) % 2 else -1]:
+        for k in range(len(ways))[:: 1 if len(rounds_s) % 2 else -1]:
             way = ways[k]
             before()
             wall_s, cpu_s = time.perf_counter(), time.process_time()
             for _ in range(calls):
                 way()
             turns[k] = time.perf_counter() - wall_s, time.process_time() - cpu_s
-        took.append([turns[k] for k in range(len(ways))])
-    return Took(*np.array(took).T / calls)
+        rounds_s.append([turns[k] for k in range(len(ways))])
+    return Took(*np.array(rounds_s).T / calls)
 
 
 def calls_within(seconds: float, way: Callable[[], Any]) -> int:

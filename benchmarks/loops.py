@@ -140,7 +140,7 @@ def measured(
         ways = [lambda c=c, values=values: jax.block_until_ready(c(*values)) for c in compiled]
         if beside != "first order":
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4), *(way() for way in ways))
-        took = interleaved(
+        times_s = interleaved(
             *ways, rounds=3 if quick else 9, calls=calls_within(0.002 if quick else 0.02, ways[1]), within_s=6
         ).wall_s
         rows.append(
@@ -149,9 +149,9 @@ def measured(
                 "floats": floats,
                 "steps": int(np.max(values[-1])),
                 "beside": beside,
-                "theirs_ms": float(np.median(took[1])) * 1e3,
-                "ours_ms": float(np.median(took[0])) * 1e3,
-                "time": ratio(*took),
+                "theirs_ms": float(np.median(times_s[1])) * 1e3,
+                "ours_ms": float(np.median(times_s[0])) * 1e3,
+                "time": ratio(*times_s),
                 "temp_kb": temp[0] / 1024,
                 "memory": temp[0] / temp[1],
                 "trace_ms": float(np.median(tracing[0])) * 1e3,
@@ -173,8 +173,8 @@ def figures(rows: list[dict[str, Any]]) -> list[Figure]:
         ("time of a batch / time of equinox", max, "lanes", "time", 0.8),
         ("memory of second order / first order", max, "first order", "memory", 4.0),
     ]
-    found = []
+    results = []
     for name, together, beside, what, most in targets:
         if values := [row[what] for row in rows if row["beside"] == beside]:
-            found.append(Figure(name, together(values), most=most))
-    return found
+            results.append(Figure(name, together(values), most=most))
+    return results

@@ -17,6 +17,7 @@ from jax import lax
 
 import funcgrad as fg
 
+from .bounds import figure
 from .interleaving import Figure, calls_within, interleaved, ratio
 
 COLUMNS = {
@@ -29,7 +30,6 @@ COLUMNS = {
     "grad": ".3f",
     "with_recording": ".3f",
 }
-MOST_US, MOST = 25.0, 0.5
 OPERATIONS: dict[str, Callable] = {
     "lax.sin": lax.sin,
     "lax.mul": lambda x: lax.mul(x, x),
@@ -69,8 +69,8 @@ def measured(name: str, count: int, quick: bool) -> dict[str, Any]:
         lambda: jax.block_until_ready(t.grad(out, x)),
     ]
     np.testing.assert_allclose(ways[3](), ways[2](), rtol=1e-5, atol=1e-7)
-    took = interleaved(*ways, rounds=3 if quick else 21, calls=calls_within(0.005 if quick else 0.05, ways[2])).cpu_s
-    eager, recording, theirs, ours = took / count * 1e6
+    times_s = interleaved(*ways, rounds=3 if quick else 21, calls=calls_within(0.005 if quick else 0.05, ways[2])).cpu_s
+    eager, recording, theirs, ours = times_s / count * 1e6
     return {
         "operation": name,
         "operations": count,
@@ -86,5 +86,5 @@ def measured(name: str, count: int, quick: bool) -> dict[str, Any]:
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
     """Operations of jax.numpy have no recording target: they are jitted, and a tape dispatches them in Python."""
     of_lax = [r for r in rows if r["operation"].startswith("lax.")]
-    recorded = [Figure(f"{r['operation']}: extra time per operation, us", r["more_us"], most=MOST_US) for r in of_lax]
-    return recorded + [Figure(f"{r['operation']}: gradient / jax.grad", r["grad"], most=MOST) for r in rows]
+    recorded = [figure(f"{r['operation']}: extra time per operation, us", r["more_us"]) for r in of_lax]
+    return recorded + [figure(f"{r['operation']}: gradient / jax.grad", r["grad"]) for r in rows]

@@ -19,10 +19,10 @@ from jax.extend.core import jaxpr_as_fun
 import funcgrad as fg
 from tests.checks import identity
 
+from .bounds import figure
 from .interleaving import Figure, interleaved
 
 COLUMNS = {"graph": "", "equations": ",d", "jax_s": ".3f", "cold_s": ".3f", "warm_s": ".3f"}
-MOST_S = 2.0
 
 
 def steps(x: jax.Array, equations: int) -> jax.Array:
@@ -64,7 +64,7 @@ def measured(f: Callable, equations: int, rounds: int) -> dict[str, Any]:
 
 def figures(rows: list[dict[str, Any]]) -> list[Figure]:
     return [
-        Figure(f"{row['graph']}, {how}: CPU seconds of a rewrite", row[f"{how}_s"], most=MOST_S)
+        figure(f"{row['graph']}, {how}: CPU seconds of a rewrite", row[f"{how}_s"])
         for row in rows
         for how in ("cold", "warm")
     ]

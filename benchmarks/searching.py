@@ -40,13 +40,13 @@ def measured(depth: int, parts: tuple[float, ...], rounds: int) -> list[dict[str
     whole = Search(joint).simulate(Choice(everything(joint)), 0).peak
     rows = []
     for part in parts:
-        took = []
+        times_s = []
         for _ in range(rounds):
             search, start_s = Search(joint), time.process_time()
             found = search.best(part * whole)
-            took.append(time.process_time() - start_s)
+            times_s.append(time.process_time() - start_s)
         again_s = found[1].seconds if found else float("inf")
-        rows.append({"equations": len(joint.eqns), "budget": part, "cpu_s": min(took), "again_s": again_s})
+        rows.append({"equations": len(joint.eqns), "budget": part, "cpu_s": min(times_s), "again_s": again_s})
     return rows
 
 

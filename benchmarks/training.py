@@ -62,10 +62,10 @@ class ByHand:
             updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), value
 
-        def many(state, batches):
+        def steps(state, batches):
             return lax.scan(one, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
 
-        self.one, self.many = jax.jit(one, donate_argnums=0), jax.jit(many, donate_argnums=0)
+        self.one, self.many = jax.jit(one, donate_argnums=0), jax.jit(steps, donate_argnums=0)
         self.state = params, OPTIMIZER.init(params)
 
     def train(self, batches: Sequence[Any], chunk: int) -> Any:
@@ -123,8 +123,8 @@ def measured(k: int, turn: int, quick: bool = False) -> list[dict[str, Any]]:
         ways = ours, lambda: hand.train(batches, best)
         for compiling in ways:
             compiling()
-        took = interleaved(*ways, rounds=3 if quick else ROUNDS, within_s=WITHIN_S, least=1)
-        funcgrad_s, hand_s = took.wall_s.min(1)
+        times = interleaved(*ways, rounds=3 if quick else ROUNDS, within_s=WITHIN_S, least=1)
+        funcgrad_s, hand_s = times.wall_s.min(1)
         return {
             "model": model.name,
             "batches": kind,
@@ -132,8 +132,8 @@ def measured(k: int, turn: int, quick: bool = False) -> list[dict[str, Any]]:
             "steps": steps,
             "hand_per_s": steps / hand_s,
             "funcgrad_per_s": steps / funcgrad_s,
-            "ratio": ratio(took.wall_s[1], took.wall_s[0]),
-            "ratio_cpu": ratio(took.cpu_s[1], took.cpu_s[0]),
+            "ratio": ratio(times.wall_s[1], times.wall_s[0]),
+            "ratio_cpu": ratio(times.cpu_s[1], times.cpu_s[0]),
         }
 
     if quick:

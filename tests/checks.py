@@ -8,6 +8,7 @@ Each of `TRANSFORMS` applies a transform of a namespace `m`, JAX's or funcgrad's
 from __future__ import annotations
 
 import collections
+import contextlib
 import difflib
 import functools
 import itertools
@@ -65,11 +66,22 @@ def assert_close_values(got: Any, want: Any) -> None:
             assert_same_values(a, b)
 
 
-def assert_near(got: Any, want: Any, tolerance: float) -> None:
-    """Equal shapes and dtypes, and values that differ by no more than `tolerance` of the largest of each leaf, or of 1."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (jnp.shape(a), jnp.result_type(a)) == (jnp.shape(b), jnp.result_type(b))
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, float(jnp.max(jnp.abs(b)))))
+def assert_near(got: Any, want: Any, tolerance: float = 0.0, *, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """Equal trees of equal shapes and dtypes, whose values differ by at most the sum of three bounds.
+
+    Args:
+      tolerance: relative to the largest magnitude of each leaf of `want`, or to 1 if that is larger.
+      rtol: relative to each element of `want`.
+      atol: absolute.
+    """
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        where = jax.tree_util.keystr(path)
+        assert (jnp.shape(a), jnp.result_type(a)) == (jnp.shape(b), jnp.result_type(b)), where
+        if jnp.issubdtype(jnp.result_type(b), jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        bound = atol + (tolerance * max(1.0, float(jnp.max(jnp.abs(b), initial=0))) if tolerance else 0.0)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=bound, err_msg=where)
 
 
 def _kind(x: Any) -> tuple:
@@ -134,6 +146,26 @@ def assert_same_opcodes(got: Any, want: Any) -> None:
     if opcode_counts(got) != opcode_counts(want):
         got, want = opcode_counts(got.compile()), opcode_counts(want.compile())
         assert got == want, f"more: {dict(got - want)}, fewer: {dict(want - got)}"
+
+
+# What XLA compiles
+
+
+@contextlib.contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """A list that grows by one event with each program that XLA compiles within the `with` block."""
+    events = []
+    listen = lambda event, *_, **__: events.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def temp_bytes(f: Callable, *args: Any) -> int:
+    """The bytes of temporaries of `jax.jit(f)`, as XLA allocates them; arguments may be shapes."""
+    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 # Comparison of graphs

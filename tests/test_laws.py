@@ -1,13 +1,13 @@
-"""Laws that hold for every program, tried on random ones (`tests/programs.py`): some 280 in each run, the same ones each time.
+"""Laws that hold for every program, tried on random ones (`tests/programs.py`): about 100 in each run, the same ones each time.
 
-    FUNCGRAD_LAWS=40 pytest -n 2 tests/test_laws.py
-
-tries 40 times as many, more than 10,000, and new ones each time (`--hypothesis-seed=0` repeats them), in about half an hour. A
-failure prints the smallest recipe that hypothesis finds: `Recipe(...).program()` holds its function and arguments.
+The tier `slow` tries eight times as many. `FUNCGRAD_LAWS=40 pytest -n 2 --all tests/test_laws.py` tries 40 times as many in each
+tier, and new ones each time (`--hypothesis-seed=0` repeats them). A failure prints the smallest recipe that hypothesis finds:
+`Recipe(...).program()` holds its function and arguments.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import zlib
@@ -29,6 +29,7 @@ from .checks import (
     STEPS,
     TRANSFORMS,
     VERBS,
+    assert_near,
     assert_same_error,
     assert_same_graph,
     assert_same_program,
@@ -58,16 +59,22 @@ pytestmark = pytest.mark.timeout(300 * TIMES)
 tried = itertools.count(1)
 
 
-def law(label: str, examples: int, without: frozenset[str] = frozenset(), often: frozenset[str] = frozenset()):
-    """Decorator that tries a function of a recipe on many; other labels draw others."""
+@pytest.fixture(params=[pytest.param(1, id="few"), pytest.param(8, id="many", marks=pytest.mark.slow)])
+def law(request):
+    """`law(label, examples)` is a decorator that tries a function of a recipe on many recipes; other labels draw others."""
+    return functools.partial(try_law, request.param * TIMES)
 
+
+def try_law(
+    times: int, label: str, examples: int, without: frozenset[str] = frozenset(), often: frozenset[str] = frozenset()
+):
     def run(check: Callable[[Recipe], None]) -> None:
         def holds(recipe):
             if next(tried) % KEPT == 0:
                 jax.clear_caches()
             check(recipe)
 
-        holds = settings(SETTINGS, max_examples=examples * TIMES)(given(recipes(without, often))(holds))
+        holds = settings(SETTINGS, max_examples=examples * times)(given(recipes(without, often))(holds))
         (seed(zlib.crc32(label.encode()))(holds) if TIMES == 1 else holds)()
 
     return run
@@ -99,12 +106,6 @@ def inner(xs, ys):
     return sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(xs), jax.tree.leaves(ys), strict=True))
 
 
-def assert_near(got, want, tolerance: float):
-    """Values of float64, relative to the largest of each."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, float(jnp.max(jnp.abs(b)))))
-
-
 def staged(f: Callable, *args) -> Callable:
     """JAX's own way from a function to its jaxpr and back."""
     closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
@@ -132,8 +133,8 @@ def refused_as_a_jaxpr(error: Exception, f: Callable, args: tuple):
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-def test_functions_and_graphs_give_jax_programs(transform):
-    @law(transform.name, 12, refused(transform.name))
+def test_functions_and_graphs_give_jax_programs(law, transform):
+    @law(transform.name, 3, refused(transform.name))
     def _(recipe):
         p = recipe.program()
         check_transform(fg, transform, p, "function")
@@ -143,10 +144,10 @@ def test_functions_and_graphs_give_jax_programs(transform):
             refused_as_a_jaxpr(e, transform.of(AS_JAXPR, p, "graph"), transform.arguments(p))
 
 
-def test_tracing():
+def test_tracing(law):
     """It is deterministic, well typed, and leaves what is a Graph already as it is."""
 
-    @law("tracing", 20)
+    @law("tracing", 6)
     def _(recipe):
         p = recipe.program()
         graph = fg.verify(fg.trace(p.f, *p.args))
@@ -160,8 +161,8 @@ def test_tracing():
 # Passes
 
 
-def test_an_identity_rewrite_changes_nothing():
-    @law("rewrite", 20)
+def test_an_identity_rewrite_changes_nothing(law):
+    @law("rewrite", 6)
     def _(recipe):
         p = recipe.program()
         graph = settled(recipe, fg.trace(p.f, *p.args))
@@ -169,16 +170,16 @@ def test_an_identity_rewrite_changes_nothing():
         assert_same_program(identity_rewrite(graph), p.f, p.args)
 
 
-def test_an_identity_run_live_changes_nothing():
-    @law("live", 20)
+def test_an_identity_run_live_changes_nothing(law):
+    @law("live", 6)
     def _(recipe):
         p = recipe.program()
         assert_same_program(identity_live(p.f), p.f, p.args)
 
 
 @pytest.mark.parametrize("driver", ["rewrite", "live"])
-def test_an_identity_changes_no_gradient(driver):
-    @law(f"{driver} of a gradient", 12, IRREVERSIBLE)
+def test_an_identity_changes_no_gradient(law, driver):
+    @law(f"{driver} of a gradient", 4, IRREVERSIBLE)
     def _(recipe):
         p = recipe.program()
         f = summed(p.f)
@@ -200,8 +201,8 @@ def scaled(x):
 SCALED = fg.Rules("scaled", {lax.erf_p: lambda eqn, x: scaled(x)})
 
 
-def test_one_rule_has_one_meaning_for_both_drivers():
-    @law("drivers", 12, often=ERF)
+def test_one_rule_has_one_meaning_for_both_drivers(law):
+    @law("drivers", 4, often=ERF)
     def _(recipe):
         assume("erf" in recipe.names())
         p = recipe.program()
@@ -209,8 +210,8 @@ def test_one_rule_has_one_meaning_for_both_drivers():
         assert_same_program(rewritten, fg.live(p.f, SCALED), p.args, is_graph=True)
 
 
-def test_a_rule_is_as_written_by_hand():
-    @law("by hand", 8, DERIVED | IRREVERSIBLE, often=ERF)
+def test_a_rule_is_as_written_by_hand(law):
+    @law("by hand", 3, DERIVED | IRREVERSIBLE, often=ERF)
     def _(recipe):
         assume("erf" in recipe.names())
         p, by_hand = recipe.program(), summed(recipe.program(erf=scaled).f)
@@ -223,8 +224,8 @@ def test_a_rule_is_as_written_by_hand():
 # Derivatives and batches, in double precision
 
 
-def test_gradients_agree_with_finite_differences():
-    @law("differences", 6, IRREVERSIBLE | OWN | {"rough", "discrete", "coarse"})
+def test_gradients_agree_with_finite_differences(law):
+    @law("differences", 2, IRREVERSIBLE | OWN | {"rough", "discrete", "coarse"})
     def _(recipe):
         with jax.enable_x64(True):
             x, *rest = recipe.arguments(np.float64)
@@ -236,10 +237,10 @@ def test_gradients_agree_with_finite_differences():
                 assert_near(inner(jax.jit(fg.grad(form))(x, *rest), along), want, 1e-6)
 
 
-def test_loops_are_reversed_as_they_are_pushed():
+def test_loops_are_reversed_as_they_are_pushed(law):
     """Loops inside of all else, and all else inside of loops: the reverse mode that JAX lacks, by its forward mode."""
 
-    @law("loops", 8, OWN | BACKWARD | {"rough", "discrete", "coarse"}, often=IRREVERSIBLE)
+    @law("loops", 2, OWN | BACKWARD | {"rough", "discrete", "coarse"}, often=IRREVERSIBLE)
     def _(recipe):
         assume(IRREVERSIBLE & recipe.names())
         with jax.enable_x64(True):
@@ -250,10 +251,10 @@ def test_loops_are_reversed_as_they_are_pushed():
                 assert_near(jax.jit(fg.grad(form, loops=fg.Loops(2, 2)))(x, *rest), want, 1e-9)
 
 
-def test_forward_and_reverse_mode_are_dual():
+def test_forward_and_reverse_mode_are_dual(law):
     """⟨vjp(ct), t⟩ = ⟨ct, jvp(t)⟩, and linearize pushes as jvp does."""
 
-    @law("dual", 4, IRREVERSIBLE | BACKWARD | {"coarse"})
+    @law("dual", 2, IRREVERSIBLE | BACKWARD | {"coarse"})
     def _(recipe):
         with jax.enable_x64(True):
             p = recipe.program(np.float64)
@@ -281,10 +282,10 @@ def test_forward_and_reverse_mode_are_dual():
             assert_near(others, [first] * len(others), 1e-9)
 
 
-def test_grad_and_vmap_commute():
+def test_grad_and_vmap_commute(law):
     """The gradient of a batch holds the gradients of its examples: of a Graph by one order, of the function by the other."""
 
-    @law("commute", 4, IRREVERSIBLE | {"rough", "discrete", "coarse"})
+    @law("commute", 2, IRREVERSIBLE | {"rough", "discrete", "coarse"})
     def _(recipe):
         with jax.enable_x64(True):
             p = recipe.program(np.float64)

@@ -324,6 +324,7 @@ def test_traced_and_rewritten(name):
     assert_same_program(identity_live(f), f, args)
 
 
+@pytest.mark.sample(1 / 3, ("name", "form"))
 @every
 @pytest.mark.parametrize("form", FORMS)
 def test_differentiated(name, form):
@@ -332,6 +333,7 @@ def test_differentiated(name, form):
     assert_same_program(fg.grad(FORMS[form](f, args), has_aux=True), jax.grad(f, has_aux=True), args, is_graph)
 
 
+@pytest.mark.sample(1 / 3, ("form",))
 @every
 @pytest.mark.parametrize("form", ["function", "graph"])
 def test_batched(name, form):
@@ -341,6 +343,7 @@ def test_batched(name, form):
     assert_same_program(got, jax.vmap(jax.grad(f, has_aux=True), AXES), stacked, is_graph=form == "graph")
 
 
+@pytest.mark.sample(1 / 3)
 @pytest.mark.parametrize("name", DENSE)
 def test_a_rule_reaches_inside(name):
     f, args = program(name)
@@ -351,6 +354,7 @@ def test_a_rule_reaches_inside(name):
     assert zeros(dead) > zeros(alive)
 
 
+@pytest.mark.sample(1 / 3)
 @pytest.mark.parametrize("name", DENSE)
 def test_trained(name):
     f, (params, state, batch) = program(name)
@@ -376,6 +380,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.sample(1 / 3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_unrolled_optimizer_is_differentiated(name):
     """The gradient of a loss after three steps, with respect to the parameters before them."""

@@ -797,6 +797,7 @@ def jit_compares_functions_by_identity(m):
 # ------------------------------------------------------------------------------------------------ the test of each row
 
 
+@pytest.mark.sample(1 / 2, ("name",))
 @pytest.mark.parametrize("m", [pytest.param(fg, id="funcgrad"), pytest.param(LIVE, id="live")])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ROWS])
 def test_as_jax(name, m):

@@ -10,10 +10,10 @@ from jax import lax
 
 import funcgrad as fg
 
-from ..checks import assert_near
+from ..checks import assert_near, temp_bytes
 from ..trainings import trainings
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.optimized]
 
 
 @pytest.fixture(autouse=True)
@@ -23,19 +23,15 @@ def _precise():
         yield
 
 
-def needed(f, *args):
-    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_temporaries_are_predicted():
     """Nine of ten within 15 %, none beyond 40 %, at the precision that one has by default: it decides which library is called."""
     with jax.default_matmul_precision(None):
-        found = {t.name: fg.cost(t.f, *t.args).temp_bytes / needed(t.f, *t.args) - 1 for t in trainings()}
-    assert len(found) == 24
-    assert sum(abs(d) <= 0.15 for d in found.values()) >= 0.9 * len(found), found
-    assert max(map(abs, found.values())) <= 0.4, found
+        deviations = {t.name: fg.cost(t.f, *t.args).temp_bytes / temp_bytes(t.f, *t.args) - 1 for t in trainings()}
+    assert len(deviations) == 24
+    assert sum(abs(d) <= 0.15 for d in deviations.values()) >= 0.9 * len(deviations), deviations
+    assert max(map(abs, deviations.values())) <= 0.4, deviations
 
 
 def unrolled(ws, x):
@@ -73,7 +69,7 @@ def args():
 def test_gradients_within_a_budget(f, memory, args):
     plan = fg.plan(f, *args, memory=memory)
     assert plan.compiled_bytes <= plan.limit_bytes < plan.default_bytes
-    assert needed(plan.graph, *args) <= plan.limit_bytes
+    assert temp_bytes(plan.graph, *args) <= plan.limit_bytes
     want = jax.jit(fg.value_and_grad(f))(*args)
     assert_near(plan.graph(*args), want, 1e-4)  # libraries are chosen by trial, and differ in how they sum
     assert_near(fg.value_and_grad(f, memory=memory)(*args), want, 1e-4)
@@ -83,5 +79,5 @@ def test_maps_within_a_budget(args):
     ws, xs = args[0], args[1][:512]
     f = lambda x: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(unrolled)(ws, x[None])))
     mapped = fg.vmap(f, memory="10%")
-    assert needed(mapped, xs) <= 0.1 * needed(jax.vmap(f), xs)
+    assert temp_bytes(mapped, xs) <= 0.1 * temp_bytes(jax.vmap(f), xs)
     np.testing.assert_allclose(mapped(xs), jax.vmap(f)(xs), rtol=1e-4)
