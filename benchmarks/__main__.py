@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument("--quick", action="store_true", help="a fast test of the code; the figures are not meaningful")
     parser.add_argument(
-        "--check", action="store_true", help="check all bounds of benchmarks/bounds.py; status 1 if one is missed"
+        "--check", action="store_true", help="check the bounds of benchmarks/bounds.py; status 1 if one is missed"
     )
     options = parser.parse_args(arguments)
     if unknown := {*options.which} - {*PARTS}:
