@@ -13,8 +13,7 @@ from typing import Any
 
 import jax
 import jaxlib
-from rich.console import Console
-from rich.table import Table
+from funcgrad.transforms.core.report import Report, Table
 
 PARTS = (
     "gradients",
@@ -43,8 +42,8 @@ def main() -> None:
     if options.quick:
         jax.config.update("jax_disable_most_optimizations", True)  # LLVM takes most of the time else
 
-    console, results, parts = Console(width=130), machine() | {"quick": options.quick}, {}
-    console.print(" ".join(f"{name} {value}" for name, value in results.items()), highlight=False)
+    results, parts = machine() | {"quick": options.quick}, {}
+    print(" ".join(f"{name} {value}" for name, value in results.items()))
     for name in options.which or PARTS:
         part, start_s = importlib.import_module(f"benchmarks.{name}"), time.perf_counter()
         rows = part.run(options.quick)
@@ -54,9 +53,9 @@ def main() -> None:
             "rows": rows,
             "figures": [dataclasses.asdict(f) | {"is_met": f.is_met} for f in figures],
         }
-        console.print(table(name, part.COLUMNS, rows))
+        print(table(name, part.COLUMNS, rows))
         shown = [{**vars(f), "target": f.target, "": "ok" if f.is_met else "missed"} for f in figures]
-        console.print(table(f"{name}: targets", {"name": "", "value": ".3f", "target": "", "": ""}, shown))
+        print(table(f"{name}: targets", {"name": "", "value": ".3f", "target": "", "": ""}, shown))
     if options.json:
         with open(options.json, "w") as file:
             json.dump({**results, "parts": parts}, file, indent=2)
@@ -74,13 +73,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> Table:
-    shown = Table(title=title, title_justify="left", box=None)
-    for name, how in columns.items():
-        shown.add_column(name, justify="right" if how else "left", no_wrap=bool(how))
-    for row in rows:
-        shown.add_row(*(format(row[name], how) for name, how in columns.items()))
-    return shown
+def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> Report:
+    """Rows as a table; `columns` gives the format of each, "" for text."""
+    cells = [[format(row[name], spec) for name, spec in columns.items()] for row in rows]
+    align = "".join(">" if spec else "<" for spec in columns.values())
+    return Report((Table(cells, list(columns), align, title),))
 
 
 if __name__ == "__main__":

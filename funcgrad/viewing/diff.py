@@ -18,7 +18,7 @@ from ..transforms.core._jax import Literal
 from ..transforms.core.errors import ArgumentError
 from ..transforms.core.subjaxprs import bodies
 from ..transforms.core.text import Names, equation, written
-from ..transforms.cost.formatting import count_in_words
+from ..transforms.cost.formatting import format_count
 
 CONTEXT = 2  # lines shown around a change
 
@@ -58,7 +58,7 @@ class Diff:
     def _head(self) -> list[str]:
         if not self:
             return [f"{self.before.name} -> {self.after.name}: the same"]
-        flops = " -> ".join(count_in_words(cost(graph).flops, "FLOP") for graph in (self.before, self.after))
+        flops = " -> ".join(format_count(cost(graph).flops, "FLOP") for graph in (self.before, self.after))
         changes = ", ".join(f"{n:+d} {name}" for name, n in self.primitives.items())
         return [f"{self.before.name} -> {self.after.name}: {changes or 'as many of each primitive'}; {flops}"]
 

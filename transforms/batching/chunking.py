@@ -22,7 +22,7 @@ from ..core import _jax, manual_axes
 from ..core.errors import BudgetError, OptionError
 from ..core.graph import trace
 from ..cost.device import cache_bytes
-from ..cost.formatting import bytes_in_words, bytes_of
+from ..cost.formatting import format_bytes, parse_bytes
 from ..cost.table import cost
 
 _INLINE = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
@@ -44,7 +44,7 @@ def chunked(program: Program, lanes: Callable[..., int], name: str, memory: Any,
         raise OptionError(f"{name} takes memory= or chunk=, and got both.", hint="leave chunk= out: memory= chooses it")
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise OptionError(f"chunk= cannot be {chunk!r:.40}.", hint="a number of lanes, at least 1")
-    budget = bytes_of(memory) if chunk is None else 0
+    budget = parse_bytes(memory) if chunk is None else 0
     jitted = functools.cache(lambda size: jax.jit(program(size)))
     sizes: dict[Any, int | None] = {}
 
@@ -190,7 +190,7 @@ def _too_small(name: str, lanes: int, budget: float, of_one: int, of_all: int) -
     smallest = min(of_one, of_all)
     what = f"one of its {lanes} lanes at a time" if of_one <= of_all else f"its {lanes} lanes at once"
     error = BudgetError(
-        f"{name} needs {bytes_in_words(smallest)} of temporaries for {what}, and memory= allows {bytes_in_words(budget)}.",
+        f"{name} needs {format_bytes(smallest)} of temporaries for {what}, and memory= allows {format_bytes(budget)}.",
         hint=f"memory={smallest} is the least; jax.checkpoint inside of the function, or smaller arguments, lower it",
     )
     error.smallest = smallest

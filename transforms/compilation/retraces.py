@@ -12,6 +12,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_structure
 
 from ..core import _jax
+from ..core.report import Report, Result, Table
 
 # The kinds of change, in the order in which they are told, and what to do about each.
 _HINTS = {
@@ -84,7 +85,7 @@ class Retrace:
 
 
 @dataclass(frozen=True)
-class Retraces(Sequence):
+class Retraces(Result, Sequence):
     """What a jitted function traced and compiled: a sequence of `Retrace`, one per signature."""
 
     name: str
@@ -106,14 +107,15 @@ class Retraces(Sequence):
         """How often it was compiled as a program of its own."""
         return sum(entry.count for entry in self.entries if entry.compile_s)
 
-    def __str__(self):
+    def report(self) -> Report:
+        """How often, and a row for each entry; of many, the first and the last."""
         traced = f"traced {times(self.traced)} ({sum(entry.trace_s for entry in self.entries):.2f} s)"
         compiled = f"compiled {times(self.compiled)} ({sum(entry.compile_s for entry in self.entries):.2f} s)"
         head = f"{self.name}: {traced}, {compiled}"
         if len(self) <= _LISTED:
-            return "\n".join([head, *_table(self.entries)])
+            return Report((head, _table(self.entries)))
         hidden = f"  … {len(self) - 2 * _ENDS} more{_most_varied(self.entries)}"
-        return "\n".join([head, *_table(self.entries[:_ENDS]), hidden, *_table(self.entries[-_ENDS:])])
+        return Report((head, _table(self.entries[:_ENDS]), hidden, _table(self.entries[-_ENDS:])))
 
 
 def _cells(entry: Retrace) -> tuple[str, str, list[str], str]:
@@ -123,13 +125,12 @@ def _cells(entry: Retrace) -> tuple[str, str, list[str], str]:
     return f"#{entry.index}", level, changes, os.path.basename(entry.caller)
 
 
-def _table(entries: Sequence[Retrace]) -> list[str]:
+def _table(entries: Sequence[Retrace]) -> Table:
     rows = []
     for entry in entries:
         number, level, (first, *more), caller = _cells(entry)
         rows += [(number, level, first, caller), *(("", "", line, "") for line in more)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
-    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return Table(rows)
 
 
 def _most_varied(entries: Sequence[Retrace]) -> str:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .formatting import bytes_in_words, count_in_words
+from .formatting import format_bytes, format_count
 from .operations import Work
 
 
@@ -49,7 +49,7 @@ class Machine:
         return Bound(compute, "compute") if compute > bandwidth else Bound(bandwidth, "bandwidth")
 
     def __str__(self) -> str:
-        return f"{self.name}: {count_in_words(self.flops_per_s, 'FLOP/s')}, {bytes_in_words(self.bytes_per_s)}/s"
+        return f"{self.name}: {format_count(self.flops_per_s, 'FLOP/s')}, {format_bytes(self.bytes_per_s)}/s"
 
 
 def machine(dtype: Any = "float32", device: jax.Device | None = None) -> Machine:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..core import _jax
-from .formatting import bytes_in_words, rows_in_columns
+from ..core.report import Report, Result, Table
+from .formatting import format_bytes
 from .inlining import Step, Value
 
 
@@ -43,7 +44,7 @@ class Owner:
 
 
 @dataclass(frozen=True, repr=False)
-class Timeline:
+class Timeline(Result):
     """The live bytes of a program over its equations. Its text shows the curve, and what is alive at the peak.
 
     Attributes:
@@ -60,25 +61,22 @@ class Timeline:
     argument_bytes: int
 
     def __repr__(self) -> str:
-        return f"Timeline(peak {bytes_in_words(self.peak.live_bytes)} at {self.peak.scope or self.peak.primitive})"
+        return f"Timeline(peak {format_bytes(self.peak.live_bytes)} at {self.peak.scope or self.peak.primitive})"
 
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, *, lines: int = 12) -> str:
+    def report(self, *, lines: int = 12) -> Report:
         """The curve as one line, the peak, and the `lines` largest of its owners."""
         peak, count = self.peak, len(self.live_bytes)
         where = "/".join(filter(None, (peak.scope, peak.primitive)))
         head = [
-            f"peak {bytes_in_words(peak.live_bytes)} at equation {self.peak_at + 1} of {count}: {where}",
+            f"peak {format_bytes(peak.live_bytes)} at equation {self.peak_at + 1} of {count}: {where}",
             f"  {peak.line or ''}".rstrip(),
-            f"arguments {bytes_in_words(self.argument_bytes)}",
+            f"arguments {format_bytes(self.argument_bytes)}",
             _curve(self.live_bytes),
         ]
-        rows = [(bytes_in_words(o.bytes), o.type, o.path, o.line or "") for o in self.owners[:lines]]
+        rows = [(format_bytes(o.bytes), o.type, o.path, o.line or "") for o in self.owners[:lines]]
         if rest := self.owners[lines:]:
-            rows.append((bytes_in_words(sum(o.bytes for o in rest)), "", f"{len(rest)} more", ""))
-        return "\n".join(filter(None, [*head, *rows_in_columns([("bytes", "type", "path", "line"), *rows])]))
+            rows.append((format_bytes(sum(o.bytes for o in rest)), "", f"{len(rest)} more", ""))
+        return Report((*filter(None, head), Table(rows, ("bytes", "type", "path", "line"), ">")))
 
 
 def simulated(inputs: Sequence[Value], steps: Sequence[Step], outputs: Sequence[Value]) -> Timeline:

@@ -16,10 +16,11 @@ from jax.tree_util import tree_leaves, tree_unflatten
 from ..core import _jax
 from ..core.errors import ArgumentError, OptionError
 from ..core.graph import Graph, trace
+from ..core.report import Report, Result, Table
 from ..core.scope_paths import BACKWARD, Path
 from .backends import BACKENDS
 from .device import Machine
-from .formatting import bytes_in_words, count_in_words, rows_in_columns, seconds_in_words
+from .formatting import format_bytes, format_count, format_seconds
 from .inlining import Branches, Step, Unfolding, Value, leaves
 from .live_memory import Timeline, simulated
 from .operations import Work
@@ -97,7 +98,7 @@ class Group:
 
 
 @dataclass(frozen=True, repr=False)
-class Cost:
+class Cost(Result):
     """What a program costs. Its text is a table of scopes, sorted by share.
 
     Attributes:
@@ -229,15 +230,12 @@ class Cost:
         }
 
     def __repr__(self) -> str:
-        total = f"{_amount(self.flops, 'FLOP', self.unknown)}, {bytes_in_words(self.work.bytes)}"
+        total = f"{_amount(self.flops, 'FLOP', self.unknown)}, {format_bytes(self.work.bytes)}"
         return f"Cost({self.name}: {total}, {len(self.rows)} equations)"
 
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(
+    def report(
         self, by: By = "scope", depth: int | None = None, *, lines: int = 30, machine: Machine | None = None
-    ) -> str:
+    ) -> Report:
         """A table, sorted by share.
 
         Args:
@@ -247,10 +245,10 @@ class Cost:
         """
         peak = self.timeline().peak
         head = [
-            f"{self.name}: {_amount(self.flops, 'FLOP', self.unknown)}, {count_in_words(self.transcendentals)} transcendentals, "
-            f"{bytes_in_words(self.bytes_read)} read, {bytes_in_words(self.bytes_written)} written, "
-            f"{count_in_words(self.parameters)} parameters",
-            f"peak {bytes_in_words(peak.live_bytes)} at {'/'.join(filter(None, (peak.scope, peak.primitive)))} {peak.line or ''}",
+            f"{self.name}: {_amount(self.flops, 'FLOP', self.unknown)}, {format_count(self.transcendentals)} transcendentals, "
+            f"{format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_written)} written, "
+            f"{format_count(self.parameters)} parameters",
+            f"peak {format_bytes(peak.live_bytes)} at {'/'.join(filter(None, (peak.scope, peak.primitive)))} {peak.line or ''}",
         ]
         if backward := self.backward.flops:
             head.append(f"forward {1 - backward / self.flops:.0%}, backward {backward / self.flops:.0%} of FLOPs")
@@ -258,20 +256,10 @@ class Cost:
             head.append("unknown, on top: " + ", ".join(f"{name} ×{n}" for name, n in self.unknown.items()))
         if self.endless:
             head.append("loops of unknown length, as one trip: " + ", ".join(self.endless))
-        groups = self.by(by, depth)
-        columns = [
-            "share",
-            "FLOP",
-            "transc.",
-            "read",
-            "written",
-            "params",
-            *(["time", "bound by"] if machine else []),
-            by,
-        ]
-        rows = [columns, *(_cells(g, machine) for g in groups[:lines])]
-        more = [f"… {len(groups) - lines} more"] if len(groups) > lines else []
-        return "\n".join([*map(str.rstrip, head), *rows_in_columns(rows), *more])
+        roofline = ["time", "bound by"] if machine else []
+        columns = ["share", "FLOP", "transc.", "read", "written", "params", *roofline, by]
+        rows = [_cells(group, machine) for group in self.by(by, depth)]
+        return Report((*map(str.rstrip, head), Table(rows, columns, ">" * (len(columns) - 1), limit=lines)))
 
 
 def _cells(group: Group, machine: Machine | None) -> list[str]:
@@ -279,19 +267,19 @@ def _cells(group: Group, machine: Machine | None) -> list[str]:
     cells = [
         f"{group.share:.1%}",
         _amount(work.flops, "", group.unknown),
-        count_in_words(work.transcendentals),
-        bytes_in_words(work.bytes_read),
-        bytes_in_words(work.bytes_written),
-        count_in_words(group.parameters) if group.parameters else "",
+        format_count(work.transcendentals),
+        format_bytes(work.bytes_read),
+        format_bytes(work.bytes_written),
+        format_count(group.parameters) if group.parameters else "",
     ]
     if machine:
         seconds, bound = machine.bound(work)
-        cells += [seconds_in_words(seconds), bound]
+        cells += [format_seconds(seconds), bound]
     return [*cells, group.name or "-"]
 
 
 def _amount(n: float, unit: str, unknown: Any) -> str:
-    return ("≥ " if unknown else "") + count_in_words(n, unit)
+    return ("≥ " if unknown else "") + format_count(n, unit)
 
 
 def _sum(rows: Sequence[Row]) -> Work:

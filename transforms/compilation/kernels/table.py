@@ -15,8 +15,9 @@ import jax
 from ...core import subjaxprs
 from ...core.errors import ArgumentError
 from ...core.graph import Graph, trace
+from ...core.report import Report, Result, Table
 from ...cost.device import Machine
-from ...cost.formatting import bytes_in_words, count_in_words, rows_in_columns, seconds_in_words
+from ...cost.formatting import format_bytes, format_count, format_seconds
 from ...cost.operations import is_view
 from ...cost.table import Row
 from .hlo import parse
@@ -36,7 +37,7 @@ class Memory:
 
 
 @dataclass(frozen=True, repr=False)
-class Compiled:
+class Compiled(Result):
     """A compiled program. Its text is a table of kernels.
 
     Attributes:
@@ -95,12 +96,11 @@ class Compiled:
         }
 
     def __repr__(self) -> str:
-        return f"Compiled({self.name}: {len(self.kernels)} kernels, {bytes_in_words(self.memory.temp_bytes)} of temporaries)"
+        return (
+            f"Compiled({self.name}: {len(self.kernels)} kernels, {format_bytes(self.memory.temp_bytes)} of temporaries)"
+        )
 
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, *, lines: int = 30, machine: Machine | None = None) -> str:
+    def report(self, *, lines: int = 30, machine: Machine | None = None) -> Report:
         """A table, the longest kernels first if they were measured.
 
         Args:
@@ -108,45 +108,35 @@ class Compiled:
           machine: adds how much of this machine each kernel uses.
         """
         m = self.memory
-        took = f", {seconds_in_words(self.elapsed_s)} a call" if self.elapsed_s is not None else ""
+        took = f", {format_seconds(self.elapsed_s)} a call" if self.elapsed_s is not None else ""
         many = f"{len(self.kernels)} kernel{'s' * (len(self.kernels) != 1)}"
         head = [
-            f"{self.name}: {many}{took}, compiled in {seconds_in_words(self.compile_s)}",
-            f"{bytes_in_words(m.argument_bytes)} of arguments, {bytes_in_words(m.output_bytes)} of results "
-            f"({bytes_in_words(m.alias_bytes)} written over arguments), {bytes_in_words(m.temp_bytes)} of temporaries",
+            f"{self.name}: {many}{took}, compiled in {format_seconds(self.compile_s)}",
+            f"{format_bytes(m.argument_bytes)} of arguments, {format_bytes(m.output_bytes)} of results "
+            f"({format_bytes(m.alias_bytes)} written over arguments), {format_bytes(m.temp_bytes)} of temporaries",
         ]
         if self.vanished:
             names = Counter(str(row.eqn.primitive) for row in self.vanished)
             head.append("vanished: " + ", ".join(f"{name} ×{n}" for name, n in names.most_common()))
         whole = sum(k.elapsed_s or 0 for k in self.kernels) or 1
         kernels = sorted(self.kernels, key=lambda k: -(k.elapsed_s or 0))
-        columns = [
-            "time",
-            "share",
-            "runs",
-            "FLOP",
-            "bytes",
-            *(["of roofline"] if machine else []),
-            "kernel",
-            "equations",
-        ]
-        rows = [columns]
-        for k in kernels[:lines]:
+        numbers = ["time", "share", "runs", "FLOP", "bytes", *(["of roofline"] if machine else [])]
+        rows = []
+        for k in kernels:
             share = k.share(machine) if machine else None
             rows.append(
                 [
-                    "" if k.elapsed_s is None else seconds_in_words(k.elapsed_s),
+                    "" if k.elapsed_s is None else format_seconds(k.elapsed_s),
                     "" if k.elapsed_s is None else f"{k.elapsed_s / whole:.1%}",
                     "?" if k.times is None else str(k.times),
-                    count_in_words(k.work.flops),
-                    bytes_in_words(k.work.bytes),
+                    format_count(k.work.flops),
+                    format_bytes(k.work.bytes),
                     *([f"{share:.0%}" if share is not None else ""] if machine else []),
                     k.sort,
                     _summary(k),
                 ]
             )
-        more = [f"… {len(kernels) - lines} more"] if len(kernels) > lines else []
-        return "\n".join([*head, *rows_in_columns(rows, left=2), *more])
+        return Report((*head, Table(rows, [*numbers, "kernel", "equations"], ">" * len(numbers), limit=lines)))
 
 
 def _summary(k: Kernel) -> str:
