@@ -257,7 +257,7 @@ def _rich(report: Report) -> Any:
             renderables.append(Text(block))
             continue
         options: dict[str, Any] = dict(title=block.title or None, title_justify="left", title_style="bold", box=None)
-        table = rich_table.Table(*map(Text, block.header), show_header=bool(block.header), **options)
+        table = rich_table.Table(*block.header, show_header=bool(block.header), **options)
         for row in block.shown:
             table.add_row(*map(Text, row))
         renderables += [table, *([Text(block.note)] if block.note else [])]
