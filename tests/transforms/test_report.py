@@ -3,8 +3,9 @@
 import re
 
 import pytest
-from funcgrad.notebooks import html
 from funcgrad.transforms.core.report import Report, Table
+
+from funcgrad.notebooks import html
 
 ROWS = [("1", "a", "x"), ("1,000", "", "yy")]
 
