@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..core import _jax
 from ..core.report import Report, Result, Table
 from .formatting import format_bytes
-from .inlining import Step, Value
+from .inlining import InlinedEqn, Value
 
 
 class Moment(NamedTuple):
@@ -79,9 +79,9 @@ class Timeline(Result):
         return Report((*filter(None, head), Table(rows, ("bytes", "type", "path", "line"), ">")))
 
 
-def simulated(inputs: Sequence[Value], steps: Sequence[Step], outputs: Sequence[Value]) -> Timeline:
+def simulated(inputs: Sequence[Value], steps: Sequence[InlinedEqn], outputs: Sequence[Value]) -> Timeline:
     """The timeline of a program."""
-    moments: list[tuple[int, Step | None, _Chain]] = []
+    moments: list[tuple[int, InlinedEqn | None, _Chain]] = []
     run = _Run(list(steps), outputs, list(inputs), frozenset(), 1)
     argument_bytes = sum(v.bytes for v in run.inputs)
     _simulate(run, 0, (), moments)
@@ -105,7 +105,12 @@ class _Run:
     """Steps that run one after the other, and when their values are alive."""
 
     def __init__(
-        self, steps: list[Step], outputs: Sequence[Value], inputs: list[Value], shared: frozenset[Value], copies: int
+        self,
+        steps: list[InlinedEqn],
+        outputs: Sequence[Value],
+        inputs: list[Value],
+        shared: frozenset[Value],
+        copies: int,
     ):
         self.steps, self.inputs, self.copies = steps, inputs, copies
         self.born = dict.fromkeys(inputs, 0)
@@ -123,7 +128,7 @@ class _Run:
 _Chain = tuple[tuple[_Run, int], ...]
 
 
-def _simulate(run: _Run, base: int, chain: _Chain, moments: list[tuple[int, Step | None, _Chain]]) -> None:
+def _simulate(run: _Run, base: int, chain: _Chain, moments: list[tuple[int, InlinedEqn | None, _Chain]]) -> None:
     """Append the moments of a run, which come on top of `base` bytes."""
     begin, end = [0] * (len(run.steps) + 1), [0] * (len(run.steps) + 2)
     for v, k in run.born.items():
@@ -146,7 +151,7 @@ def _owner(v: Value, copies: int) -> Owner:
     return Owner("/".join((*v.path, v.maker.primitive.name)), kind, v.bytes * copies, _jax.line_of(v.maker))
 
 
-def _inside(step: Step) -> Owner:
+def _inside(step: InlinedEqn) -> Owner:
     """What a loop keeps for its own way back."""
     return Owner(
         "/".join((*step.path, step.eqn.primitive.name)), "checkpoints", step.kept_bytes, _jax.line_of(step.eqn)
