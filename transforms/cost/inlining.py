@@ -275,8 +275,10 @@ def _scale(steps: Sequence[InlinedEqn], weight: float) -> None:
 
 
 # Primitives that run their one sub-jaxpr once, with their own operands.
-_CALLS = subjaxprs.WITH_DERIVATIVES | subjaxprs.INLINED
-_CALLS |= {"jit", "remat2", "closed_call", "call", "eval_jaxpr", "compute_on"}
+_CALLS = frozenset(
+    {"jit", "remat2", "closed_call", "call", "eval_jaxpr", "composite", "custom_vmap_call", "compute_on"}
+)
+_CALLS |= subjaxprs.WITH_DERIVATIVES
 
 
 def _constants(jaxpr: Any) -> list[Value]:

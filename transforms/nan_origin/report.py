@@ -17,7 +17,7 @@ from ..core.errors import ArgumentError
 from ..core.passes import driven
 from ..core.report import Report, Result, Table
 from ..core.scope_paths import BACKWARD
-from ..core.signatures import described, name_of
+from ..core.signatures import name_of, named_leaves
 from .backtracking import Level, Made, Note, Spot, at, called_from, first_bad, walk
 from .dependencies import is_inexact
 from .lane_tracing import told_by_tracing
@@ -186,7 +186,7 @@ def _found(f: Callable, args: tuple, kwargs: dict) -> NanOrigin | None:
     if not bad:
         return None
     path, value, index = min(bad, key=lambda found: _kind(at(*found[1:])) != "nan")
-    arguments = list(zip(*described(args, kwargs, _jax.signature_of(f)), strict=True))
+    arguments = list(zip(*named_leaves(args, kwargs, _jax.signature_of(f)), strict=True))
     spot, made = walk(Spot(level, value, index))
     output = f"result{keystr(path)}{list(index) if index else ''}"
     origin = _described(spot, made, arguments, name_of(f), output, _kind(at(value, index)))
