@@ -1,7 +1,7 @@
 """Maps in chunks of lanes, whose size keeps XLA's temporaries within a budget.
 
-`vmap` and the Jacobians give their program as a function of the size of a chunk. One size is chosen per wrapper and combination of
-argument types: a line through the predicted bytes of two sizes gives a size, and its program is compiled and measured.
+`vmap` and the Jacobians give their program as a function of the size of a chunk. One size is chosen per wrapper and combination
+of argument types: a line through the predicted bytes of two sizes gives a size, and its program is compiled and measured.
 """
 
 from __future__ import annotations

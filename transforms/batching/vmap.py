@@ -55,14 +55,8 @@ def vmap(
     >>> vmap(lambda w, x: w @ x, (None, 0))(jax.numpy.ones((2, 3)), jax.numpy.ones((5, 3))).shape
     (5, 2)
     """
-    options = dict(
-        options,
-        in_axes=in_axes,
-        out_axes=out_axes,
-        axis_name=axis_name,
-        axis_size=axis_size,
-        spmd_axis_name=spmd_axis_name,
-    )
+    options |= dict(in_axes=in_axes, out_axes=out_axes)
+    options |= dict(axis_name=axis_name, axis_size=axis_size, spmd_axis_name=spmd_axis_name)
     if fun is None:
         return functools.partial(vmap, memory=memory, chunk=chunk, **options)
     if memory is None and chunk is None:

@@ -69,15 +69,13 @@ class _History:
     Attributes:
       function: a weak reference to the latest function.
       origin: the fact that tells the first function of the code from later ones.
-      entries: the misses, one per signature.
-      index: signature -> number of the entry.
+      entries: signature -> its misses.
       facts: (program, facts) of the latest misses, newest first.
     """
 
     function: Callable[[], Callable | None] = lambda: None
     origin: str = "made once"
-    entries: list[Retrace] = field(default_factory=list)
-    index: dict[int, int] = field(default_factory=dict)
+    entries: dict[int, Retrace] = field(default_factory=dict)
     facts: deque[tuple[int, Facts]] = field(default_factory=lambda: deque(maxlen=32))
 
     def explain(self, program: int, facts: Facts, level: str) -> tuple[Change, ...]:
@@ -179,18 +177,16 @@ class _MissRecorder:
         self.seen |= {call.program, call.dispatch}
         self.traced += level == "trace"
         history, signature = self.history, hash((call.dispatch, self.history.origin))
-        k = history.index.setdefault(signature, len(history.entries))
-        if k < len(history.entries):
-            old = history.entries[k]
-            trace_s, compile_s = old.trace_s + timing.trace_s, old.compile_s + timing.compile_s
-            history.entries[k] = replace(old, trace_s=trace_s, compile_s=compile_s, count=old.count + 1)
-        else:
+        entry = history.entries.get(signature)
+        if entry is None:
             facts = self.facts(call)
             changes = history.explain(call.program, facts, level)
-            history.entries.append(Retrace(k + 1, level, changes, timing.trace_s, timing.compile_s, _caller()))
             history.facts.appendleft((call.program, facts))
+            entry = Retrace(len(history.entries) + 1, level, changes, 0.0, 0.0, _caller(), 0)
+        trace_s, compile_s = entry.trace_s + timing.trace_s, entry.compile_s + timing.compile_s
+        history.entries[signature] = replace(entry, trace_s=trace_s, compile_s=compile_s, count=entry.count + 1)
         if owner := self.owner():  # None if a copy is called
-            owner.retraces = Retraces(self.name, tuple(history.entries))
+            owner.retraces = Retraces(self.name, tuple(history.entries.values()))
 
 
 def _caller() -> str:

@@ -201,7 +201,7 @@ def _flat(f: Callable, in_tree: Any, name: str) -> tuple[Callable, Callable[[], 
         paths, out_tree = tree_flatten_with_path(f(*args, **kwargs))
         trees.append(out_tree)
         for path, leaf in paths:
-            if _short(leaf) == type(leaf).__name__:
+            if _aval(leaf) is None:
                 raise ArgumentError(
                     f"{name} returned {type(leaf).__name__} {('at ' + keystr(path)) if path else ''}, which is not an array.",
                     inputs=f"{leaf!r:.60}",
@@ -213,18 +213,15 @@ def _flat(f: Callable, in_tree: Any, name: str) -> tuple[Callable, Callable[[], 
 
 
 def _check_traceable(f, path: str, leaf) -> None:
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+    if (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or _aval(leaf) is not None:
         return
-    try:
-        jax.typeof(leaf)
-    except TypeError:
-        raise ArgumentError(
-            f"{name_of(f)} cannot be traced with {path} of type {type(leaf).__name__}, which is not an array.",
-            inputs=f"{path} = {leaf!r:.60}",
-            hint=f"name it static: fg.trace({name_of(f)}, ..., static_argnames={path!r})"
-            if path.isidentifier()
-            else f"close over it, or leave it out: only arrays can stand in {_parameter(path)}",
-        ) from None
+    raise ArgumentError(
+        f"{name_of(f)} cannot be traced with {path} of type {type(leaf).__name__}, which is not an array.",
+        inputs=f"{path} = {leaf!r:.60}",
+        hint=f"name it static: fg.trace({name_of(f)}, ..., static_argnames={path!r})"
+        if path.isidentifier()
+        else f"close over it, or leave it out: only arrays can stand in {_parameter(path)}",
+    )
 
 
 def _parameter(path: str) -> str:
@@ -232,20 +229,23 @@ def _parameter(path: str) -> str:
     return path.split("[")[0].split(".")[0]
 
 
+def _aval(leaf) -> Any:
+    """The abstract value of a leaf; None for an object that is no array."""
+    try:
+        return jax.typeof(leaf)
+    except TypeError:
+        return None
+
+
 def _short(leaf) -> str:
     """The type of a leaf, as "float32[3]"; of an object that is no array the name of its class."""
-    try:
-        return jax.typeof(leaf).str_short()
-    except TypeError:
-        return type(leaf).__name__
+    aval = _aval(leaf)
+    return type(leaf).__name__ if aval is None else aval.str_short()
 
 
 def _fit(graph: Graph, k: int, leaf, aval):
     """The leaf, cast to the weak type of the graph's input; raises if it has another shape or dtype."""
-    try:
-        leaf_aval = jax.typeof(leaf)
-    except TypeError:
-        leaf_aval = None
+    leaf_aval = _aval(leaf)
     if type(leaf_aval) is not type(aval) or (leaf_aval.shape, leaf_aval.dtype) != (aval.shape, aval.dtype):
         raise ArgumentError(
             f"{graph.name} takes {graph.paths[k]} of type {aval.str_short()}, and got {_short(leaf)}.",

@@ -104,13 +104,13 @@ class Inlining:
     Attributes:
       trips: how often a loop runs; None where it is not known, which counts as one trip.
       weights: how often each branch is taken, in parts of 1; None for the most expensive one alone.
-      loops, endless, branches: all loops, those of unknown length, and all branches.
+      loops: "scope/while" and source line of each loop, and its trips.
+      branches: those of each `cond`.
     """
 
     trips: Trips
     weights: Weights
-    loops: list[tuple[Any, Path]] = field(default_factory=list)
-    endless: list[tuple[Any, Path]] = field(default_factory=list)
+    loops: list[tuple[str, str | None, float | None]] = field(default_factory=list)
     branches: list[Branches] = field(default_factory=list)
 
     def program(self, jaxpr: Any, paths: Sequence[str]) -> tuple[list[Value], list[InlinedEqn], list[Value]]:
@@ -203,9 +203,7 @@ class Inlining:
     def _trips(self, step: InlinedEqn) -> float:
         """How often a loop runs; NaN where that is unknown."""
         trips = self.trips(step.eqn, step.path)
-        self.loops.append((step.eqn, step.path))
-        if trips is None:
-            self.endless.append((step.eqn, step.path))
+        self.loops.append(("/".join((*step.path, step.eqn.primitive.name)), _jax.line_of(step.eqn), trips))
         return math.nan if trips is None else trips
 
     def _weigh(self, step: InlinedEqn) -> None:

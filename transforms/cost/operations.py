@@ -1,12 +1,12 @@
 """What one operation costs: its FLOPs and transcendentals by primitive, its bytes by its operands.
 
-The table below has one line per family of primitives. What is on no line is unknown, and said to be.
+The table below has one line per family of primitives. The work of a primitive that is on no line is unknown.
 
 - A FLOP is one arithmetic operation on numbers of any type, comparison, selection and conversion among them, as XLA's
   `HloCostAnalysis` counts; a multiply-add is two. A complex multiplication is 6 FLOPs, an addition 2.
 - Functions that hardware approximates (exp, log, tanh, …) are counted apart, one transcendental per element.
-- Bytes are those of the operands that are read and the results that are written, each equation on its own, nothing fused.
-  Slices and gathers read what they return; updates write what they change. What only gives a value another shape has none.
+- Bytes are those of the operands and results of each equation, without fusion. Slices and gathers read as much as they return;
+  updates write as much as they change; views (changes of shape) have none.
 
 Sources:
   Golub & Van Loan 2013, Matrix Computations, 4th edition, ISBN 9781421407944: triangular solve (3.1), LU (3.2), Cholesky (4.2),
@@ -178,17 +178,13 @@ def _window(eqn: Any) -> int:
 
 
 def _window_choice(eqn: Any) -> int:
-    """Which element of each window counts, and an addition for it."""
+    """The choice of an element of each window, and an addition for it."""
     return _size(eqn.invars[0]) * math.prod(eqn.params["window_dimensions"])
 
 
 def _sort(eqn: Any) -> int:  # Θ(n log n) comparisons of the keys
     n = eqn.invars[0].aval.shape[eqn.params["dimension"]]
     return _size(eqn.invars[0]) * eqn.params["num_keys"] * math.ceil(math.log2(max(n, 1)))
-
-
-def _top_k(eqn: Any) -> int:  # a heap of k elements
-    return _size(eqn.invars[0]) * math.ceil(math.log2(eqn.params["k"] + 1))
 
 
 def _fft(eqn: Any) -> float:
@@ -227,10 +223,6 @@ def _svd(eqn: Any) -> float:
 def _triangular_solve(eqn: Any) -> float:
     n = eqn.invars[0].aval.shape[-1]
     return n * _size(eqn.invars[1]) * (4 if _is_complex(eqn.invars[1]) else 1)
-
-
-def _tridiagonal_solve(eqn: Any) -> float:  # elimination of one diagonal, and back
-    return 3 * _size(eqn.invars[0]) + 5 * _size(eqn.invars[3])
 
 
 def _random(eqn: Any) -> float | None:
@@ -292,7 +284,7 @@ _family(_window, "reduce_window_sum reduce_window_max reduce_window_min")
 _family(_combiner(_window), "reduce_window")
 _family(_window_choice, "select_and_scatter_add select_and_gather_add")
 _family(_sort, "sort")
-_family(_top_k, "top_k approx_top_k")
+_family(lambda eqn: _size(eqn.invars[0]) * math.ceil(math.log2(eqn.params["k"] + 1)), "top_k approx_top_k")  # a heap
 _family(lambda eqn: _size(eqn.invars[2]), "scatter-add scatter_sub scatter-sub scatter-mul scatter-min scatter-max")
 _family(lambda eqn: _size(eqn.invars[1]), "addupdate")
 _family(_fft, "fft")
@@ -306,7 +298,7 @@ _family(_matrices(lambda m, n: 25 * n**3), "eig schur")
 _family(_matrices(lambda m, n: 10 * n**3 / 3), "hessenberg")
 _family(_matrices(lambda m, n: 4 * n**3 / 3), "tridiagonal")
 _family(_triangular_solve, "triangular_solve")
-_family(_tridiagonal_solve, "tridiagonal_solve")
+_family(lambda eqn: 3 * _size(eqn.invars[0]) + 5 * _size(eqn.invars[3]), "tridiagonal_solve")  # elimination, and back
 _family(_random, "random_bits random_split random_fold_in threefry2x32")
 
 

@@ -353,12 +353,11 @@ def cost(
 
     inlining = Inlining(trip_counts, weights)
     inputs, steps, outputs = inlining.program(graph.jaxpr.jaxpr, graph.paths)
-    name_of = lambda loop: "/".join((*loop[1], loop[0].primitive.name))
     if isinstance(trip_counts, ByScope):
-        trip_counts.check(list(map(name_of, inlining.loops)))
+        trip_counts.check([name for name, _, _ in inlining.loops])
     branch_weights.check(["/".join((*b.path, "cond")) for b in inlining.branches])
     rows = _rows(steps, _parameters(graph, inputs))
-    endless = tuple(dict.fromkeys(_jax.line_of(loop[0]) or name_of(loop) for loop in inlining.endless))
+    endless = tuple(dict.fromkeys(line or name for name, line, count in inlining.loops if count is None))
     return Cost(graph.name, rows, tuple(inlining.branches), endless, (inputs, steps, outputs))
 
 

@@ -14,31 +14,15 @@ from ...cost.table import Row
 from .hlo import FREE, Instruction, Module
 from .tags import Tag
 
-# Opcodes of core instructions, which do the work of an equation that became several instructions, and how the names of the
-# equations that they are named after start.
-CORES = {
-    "dot": "dot",
-    "convolution": "conv",
-    "reduce": "reduce",
-    "reduce-window": "reduce_window",
-    "scatter": "scatter",
-    "gather": "gather",
-    "sort": "sort",
-    "fft": "fft",
-    "custom-call": "",
-}
+# Opcodes of core instructions, which do the work of an equation that became several instructions. The equation is named after
+# them, as reduce_window_sum after reduce-window.
+_CORES = frozenset(["dot", "convolution", "reduce", "reduce-window", "scatter", "gather", "sort", "fft", "custom-call"])
+_PREFIXES = {"convolution": "conv", "custom-call": ""}
 CORE_SCORE = 1000  # of a core instruction; others have 1, moves 0
 _MOVES = frozenset(("copy", "bitcast", "transpose", "reshape", "broadcast", "slice", "concatenate", "pad"))
-_LIBRARIES = {  # a part of the target of a call or fusion -> library
-    "onednn": "oneDNN",
-    "ynn": "YNN",
-    "cublas": "cuBLAS",
-    "cudnn": "cuDNN",
-    "triton": "Triton",
-    "lapack": "LAPACK",
-    "cusolver": "cuSOLVER",
-    "ducc": "DUCC",
-}
+# a part of the target of a call or fusion -> library
+_LIBRARIES = {"onednn": "oneDNN", "ynn": "YNN", "cublas": "cuBLAS", "cudnn": "cuDNN", "triton": "Triton"}
+_LIBRARIES |= {"lapack": "LAPACK", "cusolver": "cuSOLVER", "ducc": "DUCC"}
 
 
 @dataclass(frozen=True)
@@ -174,8 +158,8 @@ class _Attribution:
 
     def _is_core(self, i: Instruction, tag: int | None) -> bool:
         """Whether an instruction is of the kind that the equation is named after."""
-        is_tagged = i.opcode in CORES and tag is not None
-        return is_tagged and str(self.tags[tag].row.eqn.primitive).startswith(CORES[i.opcode])
+        prefix = _PREFIXES.get(i.opcode, i.opcode.replace("-", "_"))
+        return i.opcode in _CORES and tag is not None and str(self.tags[tag].row.eqn.primitive).startswith(prefix)
 
     def _score_unnamed_cores(self) -> None:
         """Give products and convolutions whose tag is that of another equation to the equation that they compute."""
