@@ -148,8 +148,9 @@ class Study(Page):
             Table([(text,) for text in self.retraces], title="traced"),
         ]
         if k:
-            *lines, table = k.report(lines=SHOWN).blocks
-            tables += [Table([(line,) for line in lines], title="kernels"), table]
+            blocks = k.report(lines=SHOWN).blocks
+            tables.append(Table([(block,) for block in blocks if isinstance(block, str)], title="kernels"))
+            tables += [block for block in blocks if isinstance(block, Table)]
         return Report(tuple(table for table in tables if table.rows))
 
     def _values(self) -> str:

@@ -149,9 +149,7 @@ class Inlining:
         """The work of an equation that is no call, or its bodies with how often they run."""
         eqn, times = step.eqn, step.times
         name, bodies = eqn.primitive.name, [body.jaxpr for body in subjaxprs.bodies(eqn)]
-        invariants, wholes = (
-            (subjaxprs.invariant_operands(eqn, step.reads), subjaxprs.operands(eqn, step.reads)) if bodies else ([], [])
-        )
+        invariants, wholes = subjaxprs.invariant_operands(eqn, step.reads), subjaxprs.operands(eqn, step.reads)
         if name in subjaxprs.SWEEPS:
             self._add_sweep(step)
         elif name == "scan":
@@ -164,8 +162,8 @@ class Inlining:
             for k, runs in enumerate((1, 1) if math.isnan(trips) else (trips + 1, trips)):  # of condition and body
                 self._add_body(step, bodies[k], times * runs, invariants[k], wholes[k])
         elif name == "cond":
-            for body, *operands in zip(bodies, invariants, wholes, strict=True):
-                self._add_body(step, body, 1, *operands)
+            for k, body in enumerate(bodies):
+                self._add_body(step, body, 1, invariants[k], wholes[k])
             self._weigh(step)
         elif name == "custom_linear_solve":
             self._add_body(step, eqn.params["jaxprs"].solve, times)
