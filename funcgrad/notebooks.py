@@ -1,4 +1,4 @@
-"""What results can do beside printing: methods of a Graph for other tools, and how results appear in a notebook."""
+"""Results as HTML, for notebooks, and methods of a Graph for other tools."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import islice, zip_longest
 from .transforms import Graph, Halves, walk
 from .transforms.core.report import Report, Result, Table
 
-LARGEST = 3000  # equations of a graph that is drawn within a notebook; others show their text
+LARGEST = 3000  # equations of a graph that a notebook draws; larger graphs show their text
 HEIGHT_PX = 520
 
 
@@ -27,15 +27,15 @@ def _to_dot(self: Graph) -> str:
     return to_dot(self)
 
 
-def framed(what: Graph | Halves, graph: Graph) -> str:
-    """The page in a frame of its own; the text, where `graph` is large."""
+def framed(result: Graph | Halves, graph: Graph) -> str:
+    """The page of `fg.show` in a frame; the text, if `graph` is large."""
     if sum(1 for _ in islice(walk(graph), LARGEST + 1)) > LARGEST:
         hint = "too large to be drawn here: fg.show(graph, path) writes it to a file"
-        return f"<pre>{escape(str(what))}</pre><p>{hint}</p>"
+        return f"<pre>{escape(str(result))}</pre><p>{hint}</p>"
     from .viewing.page import page
 
     style = f"width:100%;height:{HEIGHT_PX}px;border:1px solid #d5dbe2"
-    return f'<iframe srcdoc="{escape(page(what))}" style="{style}"></iframe>'
+    return f'<iframe srcdoc="{escape(page(result))}" style="{style}"></iframe>'
 
 
 def html(report: Report) -> str:

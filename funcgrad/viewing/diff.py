@@ -118,11 +118,11 @@ def diff(before: Graph, after: Graph) -> Diff:
             raise ArgumentError(
                 f"diff takes two Graphs, and got {type(graph).__name__}.", hint="fg.diff(graph, fg.grad(graph))"
             )
-    names = Names(before.paths, before.jaxpr)
+    names = Names(before)
     old = _lines(before, names)
     matched = _pairs(before.jaxpr, after.jaxpr)
     by_variable = {w: names.by_variable[v] for v, w in matched if v in names.by_variable}
-    new = _lines(after, Names(after.paths, after.jaxpr, by_variable, names.by_variable.values()))
+    new = _lines(after, Names(after, by_variable, names.by_variable.values()))
     lines: list[tuple[str, str]] = []
     for tag, a, b, c, d in _opcodes(old, new):
         if tag == "equal":
@@ -134,7 +134,7 @@ def diff(before: Graph, after: Graph) -> Diff:
 
 def _lines(graph: Graph, names: Names) -> list[str]:
     """The text of a graph without its name."""
-    head, body = graph_lines(graph.name, graph.paths, graph.jaxpr, names)
+    head, body = graph_lines(graph, names)
     return [head[0].removeprefix(graph.name), *head[1:], *body]
 
 

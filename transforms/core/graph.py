@@ -15,7 +15,7 @@ from . import _jax, subjaxprs
 from .errors import ArgumentError
 from .evaluation import evaluated
 from .signatures import canonical_arguments, name_of, named_leaves, without_static
-from .text import text
+from .text import Names, graph_lines
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,7 +126,11 @@ class Graph:
           source: whether each equation shows the user's line that bound it.
           lines: fold the middle of a longer text; None shows all.
         """
-        return text(self.name, self.paths, self.jaxpr, source=source, lines=lines)
+        head, body = graph_lines(self, Names(self), source)
+        if lines is not None and len(body) > (lines := max(lines, 2)):
+            folded = f"  … {len(body) - lines} lines folded; text(lines=None) shows all …"
+            body = [*body[: lines // 2], folded, *body[len(body) - (lines - lines // 2) :]]
+        return "\n".join([*head, *body])
 
     if TYPE_CHECKING:  # `funcgrad.notebooks` adds these methods
 

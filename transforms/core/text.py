@@ -1,11 +1,11 @@
-"""A graph as text for terminals: one equation a line, scopes as headings, sub-jaxprs indented."""
+"""The lines of a Graph's text: one equation a line, scopes as headings, sub-jaxprs indented."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import _jax, subjaxprs
@@ -22,51 +22,27 @@ _HIDDEN = frozenset(
 _WIDTH = 56  # characters of parameters per equation
 
 
-def text(
-    name: str, paths: Sequence[str], jaxpr: _jax.ClosedJaxpr, *, source: bool = False, lines: int | None = 200
-) -> str:
-    """A graph as text; see `Graph.text`.
-
-    Args:
-      name, paths, jaxpr: the graph's.
-      source: whether each equation shows the user's line that made it.
-      lines: fold the middle of a longer text; None shows all.
-    """
-    head, body = graph_lines(name, paths, jaxpr, Names(paths, jaxpr), source=source)
-    if lines is not None and len(body) > (lines := max(lines, 2)):
-        folded = f"  … {len(body) - lines} lines folded; text(lines=None) shows all …"
-        body = [*body[: lines // 2], folded, *body[len(body) - (lines - lines // 2) :]]
-    return "\n".join([*head, *body])
-
-
-def graph_lines(
-    name: str, paths: Sequence[str], closed_jaxpr: _jax.ClosedJaxpr, names: Names, *, source: bool = False
-) -> tuple[list[str], list[str]]:
-    """The lines of a graph's head and of its equations, with variables named by `names`."""
-    jaxpr = closed_jaxpr.jaxpr
-    inputs = ", ".join(f"{path}: {short(v.aval)}" for path, v in zip(paths, jaxpr.invars, strict=True))
-    head = [f"{name}({inputs})"]
+def graph_lines(graph: Any, names: Names, source: bool = False) -> tuple[list[str], list[str]]:
+    """The lines of a Graph's head and of its equations; see `Graph.text`."""
+    jaxpr = graph.jaxpr.jaxpr
+    inputs = ", ".join(f"{path}: {short(v.aval)}" for path, v in zip(graph.paths, jaxpr.invars, strict=True))
+    head = [f"{graph.name}({inputs})"]
     if jaxpr.constvars:
         head.append(f"  closed over {_typed(jaxpr.constvars, names)}")
     return head, list(_lines(jaxpr, names, source, "  "))
 
 
 class Names:
-    """Names for variables: inputs by their paths, others in order of appearance: a, b, …, z, aa, ab, …
+    """Names for the variables of a Graph: inputs by their paths, others in order of appearance: a, b, …, z, aa, ab, …
 
     Args:
       by_variable: names that some variables have already.
       reserved: names that no other variable may get.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        jaxpr: _jax.ClosedJaxpr,
-        by_variable: Mapping[Any, str] | None = None,
-        reserved: Iterable[str] = (),
-    ) -> None:
-        self.by_variable = {**(by_variable or {}), **dict(zip(jaxpr.jaxpr.invars, paths, strict=True))}
+    def __init__(self, graph: Any, by_variable: Mapping[Any, str] | None = None, reserved: Iterable[str] = ()):
+        inputs = dict(zip(graph.jaxpr.jaxpr.invars, graph.paths, strict=True))
+        self.by_variable: dict[Any, str] = {**(by_variable or {}), **inputs}
         used = {*reserved, *self.by_variable.values()}
         words = ("".join(w) for n in itertools.count(1) for w in itertools.product(string.ascii_lowercase, repeat=n))
         self.unused = (word for word in words if word not in used)

@@ -19,24 +19,24 @@ def format_bytes(n: float) -> str:
 
 
 def parse_bytes(memory: Any) -> int | float:
-    """What `memory=` says: a whole number of bytes, or a fraction, as a float, of what the default needs.
+    """The value of `memory=`: an int of bytes, or a float, the fraction of the temporaries of the program without a budget.
 
     Raises:
-      OptionError: it is no positive number of bytes, as 2**30, "1GiB" or "1.5 GB", and no percentage, as "50%".
+      OptionError: `memory` is no positive number of bytes, as 2**30, "1GiB" or "1.5 GB", and no percentage, as "50%".
 
     >>> parse_bytes("1.5KiB"), parse_bytes(2000), parse_bytes("50%")
     (1536, 2000, 0.5)
     """
     if isinstance(memory, numbers.Integral) and not isinstance(memory, bool) and int(memory) > 0:
         return int(memory)
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTP]?i?B|%)\s*", memory) if isinstance(memory, str) else None
-    if found and (number := float(found[1])) > 0:
-        unit = found[2]
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTP]?i?B|%)\s*", memory) if isinstance(memory, str) else None
+    if match and (number := float(match[1])) > 0:
+        unit = match[2]
         if unit == "%":
             return number / 100
         exponent = "BKMGTP".index(unit[0].upper())
         return math.floor(number * (1024 if "i" in unit else 1000) ** exponent)
-    hint = 'a number of bytes, as 2**30 or "1GiB", or a part of what it takes without a budget, as "50%"'
+    hint = 'a number of bytes, as 2**30 or "1GiB", or a part of the bytes without a budget, as "50%"'
     raise OptionError(f"memory= cannot be {memory!r:.40}.", hint=hint)
 
 
