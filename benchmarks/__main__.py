@@ -15,8 +15,7 @@ from typing import Any
 
 import jax
 import jaxlib
-from rich.console import Console
-from rich.table import Table
+from funcgrad.transforms.core.report import Report, Table
 
 from .interleaving import Figure
 
@@ -51,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         jax.config.update("jax_disable_most_optimizations", True)  # LLVM takes most of the time else
 
-    console, results, parts = Console(width=130), machine() | {"quick": options.quick}, {}
-    console.print(" ".join(f"{name} {value}" for name, value in results.items()), highlight=False)
+    results, parts = machine() | {"quick": options.quick}, {}
+    print(" ".join(f"{name} {value}" for name, value in results.items()))
     if options.check:
         check = importlib.import_module("benchmarks.check")
         figures = list(check.figures(options.quick))
-        console.print(targets("check", figures))
+        print(targets("check", figures))
         return 0 if options.quick or all(figure.is_met for figure in figures) else 1
     for name in options.which or PARTS:
         part, start_s = importlib.import_module(f"benchmarks.{name}"), time.perf_counter()
@@ -67,15 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "rows": rows,
             "figures": [dataclasses.asdict(f) | {"is_met": f.is_met} for f in figures],
         }
-        console.print(table(name, part.COLUMNS, rows))
-        console.print(targets(f"{name}: targets", figures))
+        print(table(name, part.COLUMNS, rows))
+        print(targets(f"{name}: targets", figures))
     if options.json:
         with open(options.json, "w") as file:
             json.dump({**results, "parts": parts}, file, indent=2)
     return 0
 
 
-def targets(title: str, figures: Sequence[Figure]) -> Table:
+def targets(title: str, figures: Sequence[Figure]) -> Report:
     """Figures beside their targets."""
     rows = [{**vars(f), "target": f.target, "": "ok" if f.is_met else "missed"} for f in figures]
     return table(title, {"name": "", "value": ".3f", "target": "", "": ""}, rows)
@@ -93,13 +92,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> Table:
-    shown = Table(title=title, title_justify="left", box=None)
-    for name, how in columns.items():
-        shown.add_column(name, justify="right" if how else "left", no_wrap=bool(how))
-    for row in rows:
-        shown.add_row(*(format(row[name], how) for name, how in columns.items()))
-    return shown
+def table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> Report:
+    """Rows as a table; `columns` gives the format of each, "" for text."""
+    cells = [[format(row[name], spec) for name, spec in columns.items()] for row in rows]
+    align = "".join(">" if spec else "<" for spec in columns.values())
+    return Report((Table(cells, list(columns), align, title),))
 
 
 if __name__ == "__main__":

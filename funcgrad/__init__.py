@@ -19,16 +19,11 @@ from .transforms.core._jax import hide as _hide  # isort: skip
 
 _hide(str(_here))
 
-from . import nn, transforms
+from . import nn, notebooks, transforms  # noqa: F401 - notebooks adds methods to results
 from .data.prefetch import prefetch
 from .eager.tape import Node, Tape, tape
-from .notebooks import attach as _attach
 from .training import step, train
 from .transforms import *  # noqa: F403 - what its page lists
-from .transforms.compilation.retraces import Retraces as _Retraces
-
-_attach(transforms.Cost, transforms.Graph, transforms.Halves, transforms.Plan, transforms.Timeline)
-_attach(_Retraces, Tape)
 
 if _typing.TYPE_CHECKING:
     from .eager.report import Comparison, Study  # noqa: F401
@@ -60,7 +55,6 @@ def __getattr__(name: str) -> _typing.Any:
     for module, names in _LATER.items():
         if name in names:
             found = [getattr(_importlib.import_module(f"{__name__}.{module}"), each) for each in names]
-            _attach(*(each for each in found if isinstance(each, type)))
             globals().update(zip(names, found, strict=True))
             return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,26 +1,16 @@
-"""What results can do beside printing: methods of a Graph for other tools, and how results appear in a notebook."""
+"""Results as HTML, for notebooks, and methods of a Graph for other tools."""
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Callable
+from collections.abc import Sequence
+from html import escape
+from itertools import islice, zip_longest
 
 from .transforms import Graph, Halves, walk
+from .transforms.core.report import Report, Result, Table
 
-LARGEST = 3000  # equations of a graph that is drawn within a notebook; others show their text
+LARGEST = 3000  # equations of a graph that a notebook draws; larger graphs show their text
 HEIGHT_PX = 520
-
-
-def attach(*kinds: type) -> None:
-    """Give result classes `_repr_html_`, if they have none; the engine itself knows no HTML."""
-    shown: dict[type, Callable] = {
-        Graph: lambda self: framed(self, self),
-        Halves: lambda self: framed(self, self.forward),
-    }
-    for kind in kinds:
-        if not hasattr(kind, "_repr_html_"):
-            kind._repr_html_ = shown.get(kind, lambda self: table(str(self)))  # type: ignore[attr-defined]
 
 
 def _to_json(self: Graph) -> str:
@@ -37,45 +27,40 @@ def _to_dot(self: Graph) -> str:
     return to_dot(self)
 
 
-# The engine knows neither format.
-Graph.to_json, Graph.to_dot = _to_json, _to_dot  # type: ignore[method-assign]
-
-
-def framed(what: Graph | Halves, graph: Graph) -> str:
-    """The page in a frame of its own; the text, where `graph` is large."""
-    from html import escape
-
-    if sum(1 for _ in itertools.islice(walk(graph), LARGEST + 1)) > LARGEST:
+def framed(result: Graph | Halves, graph: Graph) -> str:
+    """The page of `fg.show` in a frame; the text, if `graph` is large."""
+    if sum(1 for _ in islice(walk(graph), LARGEST + 1)) > LARGEST:
         hint = "too large to be drawn here: fg.show(graph, path) writes it to a file"
-        return f"<pre>{escape(str(what))}</pre><p>{hint}</p>"
+        return f"<pre>{escape(str(result))}</pre><p>{hint}</p>"
     from .viewing.page import page
 
     style = f"width:100%;height:{HEIGHT_PX}px;border:1px solid #d5dbe2"
-    return f'<iframe srcdoc="{escape(page(what))}" style="{style}"></iframe>'
+    return f'<iframe srcdoc="{escape(page(result))}" style="{style}"></iframe>'
 
 
-def table(text: str) -> str:
-    """Text with columns as HTML: lines in columns become tables, other lines stay."""
-    from html import escape
-
-    is_row = lambda line: re.search(r"\S {2,}\S", line) is not None
-    parts = []
-    for in_columns, group in itertools.groupby(text.splitlines(), key=is_row):
-        lines = list(group)
-        parts += [_rows(lines)] if in_columns else [f"<div>{escape(line)}</div>" for line in lines]
-    return "".join(parts)
+def html(report: Report) -> str:
+    """A report as HTML: lines, and tables with their columns aligned as in the text."""
+    return "".join(_line(block) if isinstance(block, str) else _table(block) for block in report.blocks)
 
 
-def _rows(lines: list[str]) -> str:
-    """Columns are what blanks, at least two and in all lines, stand between."""
-    from html import escape
+def _line(text: str) -> str:
+    return f"<div>{escape(text)}</div>"
 
-    width = max(map(len, lines))
-    used = "".join("x" if any(x[k : k + 1].strip() for x in lines) else " " for k in range(width))
-    spans = [match.span() for match in re.finditer(r"x+(?: x+)*", used)]
-    rows = []
-    for k, line in enumerate(lines):
-        tag = "th" if k == 0 and not any(c.isdigit() for c in line) else "td"
-        cells = [f'<{tag} style="text-align:left">{escape(line[a:b].strip())}</{tag}>' for a, b in spans]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table>{''.join(rows)}</table>"
+
+def _table(table: Table) -> str:
+    def row(tag: str, cells: Sequence[str]) -> str:
+        aligned = zip_longest(cells, table.align[: len(cells)], fillvalue="<")
+        styles = ((cell, f"text-align:{'right' if side == '>' else 'left'}") for cell, side in aligned)
+        return "".join(["<tr>", *(f'<{tag} style="{style}">{escape(cell)}</{tag}>' for cell, style in styles), "</tr>"])
+
+    title = f'<caption style="text-align:left">{escape(table.title)}</caption>' if table.title else ""
+    head = row("th", table.header) if table.header else ""
+    rows = "".join(row("td", cells) for cells in table.shown)
+    return f"<table>{title}{head}{rows}</table>{_line(table.note) if table.note else ''}"
+
+
+# The engine knows no HTML and no format of other tools.
+Result._repr_html_ = lambda self: html(self.report())  # type: ignore[attr-defined]
+Graph._repr_html_ = lambda self: framed(self, self)  # type: ignore[attr-defined]
+Halves._repr_html_ = lambda self: framed(self, self.forward)  # type: ignore[attr-defined]
+Graph.to_json, Graph.to_dot = _to_json, _to_dot  # type: ignore[method-assign]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from ..notebooks import html
 from ..transforms.compilation.kernels.table import Compiled
 from ..transforms.core.graph import Graph
-from ..transforms.cost.formatting import bytes_in_words, rows_in_columns, seconds_in_words
+from ..transforms.core.report import Report, Result, Table
+from ..transforms.cost.formatting import format_bytes, format_seconds
 from .advice import Refusal
 from .line_tracing import Noticed
 from .tape import Tape
@@ -22,38 +23,22 @@ SHOWN = 12  # rows of a section
 LEAST_GAIN = 0.95  # of the eager time: what is less than this is so by more than chance
 
 
-class Section(NamedTuple):
-    """A part of a report: a title and rows of cells."""
-
-    title: str
-    rows: Sequence[Sequence[str]]
-
-
-class Report:
-    """What has sections, as text, in notebooks and as a page."""
-
-    def sections(self) -> list[Section]:
-        """The report as titles with rows of cells."""
-        raise NotImplementedError
+class Page(Result):
+    """A result that can be saved as a page, and that rich prints."""
 
     def save(self, path: str | Path) -> Path:
         """Write the report as one HTML file, which replaces one that is there; its path."""
-        page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(repr(self))}</title>'
+        page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(repr(self))}</title>{_STYLE}'
         path = Path(path)
-        path.write_text(f"{page}<body>{self._page()}</body></html>", encoding="utf-8")
+        path.write_text(f"{page}<body>{''.join(map(html, self.pages()))}</body></html>", encoding="utf-8")
         return path
 
-    def _page(self) -> str:
-        return self._repr_html_()
+    def pages(self) -> list[Report]:
+        """The reports in the file that `save` writes."""
+        return [self.report()]
 
     def __rich__(self) -> Any:
-        return _rich(self.sections())
-
-    def __str__(self) -> str:
-        return _text(self.sections())
-
-    def _repr_html_(self) -> str:
-        return _html(self.sections())
+        return _rich(self.report())
 
 
 @dataclass(frozen=True)
@@ -98,7 +83,7 @@ class Difference:
 
 
 @dataclass(frozen=True, repr=False)
-class Study(Report):
+class Study(Page):
     """What eager execution, tracing and compiling do with a function. Its text is the report.
 
     Attributes:
@@ -132,53 +117,41 @@ class Study(Report):
     tape: Tape = field(compare=False)
     graph: Graph | None = field(compare=False)
 
-    def sections(self) -> list[Section]:
-        """The report as titles with rows of cells."""
+    def report(self) -> Report:
+        """A table for each thing that is known."""
         t, k = self.times, self.kernels
-        head = [["", "eager", "traced", "compiled"]]
         count = lambda n: "-" if n is None else f"{n:,}"
-        seconds = lambda s: "-" if s is None else seconds_in_words(s)
-        head.append(
-            [
-                "operations",
-                count(self.eager_operations),
-                count(self.traced_equations),
-                f"{len(k.kernels)} kernel{'s' * (len(k.kernels) != 1)}" if k else "-",
-            ]
-        )
-        head.append(["time of a call", seconds(t.eager_s), f"{seconds(t.first_s)} (first)", seconds(t.compiled_s)])
-        head.append(
-            [
-                "memory of results",
-                bytes_in_words(self.eager_peak_bytes),
-                "-",
-                bytes_in_words(k.memory.temp_bytes + k.memory.output_bytes) if k else "-",
-            ]
-        )
-        found = [Section(self.name, head)]
+        seconds = lambda s: "-" if s is None else format_seconds(s)
+        kernels = f"{len(k.kernels)} kernel{'s' * (len(k.kernels) != 1)}" if k else "-"
+        results = format_bytes(k.memory.temp_bytes + k.memory.output_bytes) if k else "-"
+        totals = [
+            ("operations", count(self.eager_operations), count(self.traced_equations), kernels),
+            ("time of a call", seconds(t.eager_s), f"{seconds(t.first_s)} (first)", seconds(t.compiled_s)),
+            ("memory of results", format_bytes(self.eager_peak_bytes), "-", results),
+        ]
+        tables = [Table(totals, ("", "eager", "traced", "compiled"), title=self.name)]
         if self.refusal:
-            found.append(Section("cannot be traced", [[line] for line in str(self.refusal).splitlines()]))
+            tables.append(Table([(line,) for line in str(self.refusal).splitlines()], title="cannot be traced"))
         else:
             calls = (
                 f"after {t.pays_after:,} call{'s' * (t.pays_after != 1)}"
                 if t.pays_after is not None
                 else "never: a compiled call is no faster"
             )
-            found.append(Section("compiling pays", [[calls]]))
-            found.append(Section("values", [[self._values()]]))
-        what = "while it was traced" if self.graph is not None else "while it ran"
-        found.append(Section(f"Python, {what}", self._python()))
-        found.append(
-            Section(
-                "burned in", [[c.name or "(without a name)", c.type, bytes_in_words(c.bytes)] for c in self.constants]
-            )
-        )
-        more = [[f"… and {len(self.fixed) - SHOWN} more"]] if len(self.fixed) > SHOWN else []
-        found.append(Section("made for", [*([text] for text in self.fixed[:SHOWN]), *more]))
-        found.append(Section("traced", [[text] for text in self.retraces]))
+            tables.append(Table([(calls,)], title="compiling pays"))
+            tables.append(Table([(self._values(),)], title="values"))
+        constants = [(c.name or "(without a name)", c.type, format_bytes(c.bytes)) for c in self.constants]
+        tables += [
+            Table(self._python(), title=f"Python, while it {'was traced' if self.graph is not None else 'ran'}"),
+            Table(constants, title="burned in"),
+            Table([(text,) for text in self.fixed], title="made for", limit=SHOWN),
+            Table([(text,) for text in self.retraces], title="traced"),
+        ]
         if k:
-            found.append(Section("kernels", [[line] for line in k.text(lines=SHOWN).splitlines()]))
-        return [section for section in found if section.rows]
+            blocks = k.report(lines=SHOWN).blocks
+            tables.append(Table([(block,) for block in blocks if isinstance(block, str)], title="kernels"))
+            tables += [block for block in blocks if isinstance(block, Table)]
+        return Report(tuple(table for table in tables if table.rows))
 
     def _values(self) -> str:
         if self.difference is None:
@@ -228,7 +201,7 @@ class Study(Report):
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Report):
+class Comparison(Page):
     """Studies beside each other, one row for each."""
 
     studies: tuple[Study, ...]
@@ -242,29 +215,29 @@ class Comparison(Report):
                 "operations": f"{s.eager_operations:,}",
                 "equations": "-" if s.traced_equations is None else f"{s.traced_equations:,}",
                 "kernels": str(len(s.kernels.kernels)) if s.kernels else "-",
-                "eager": seconds_in_words(s.times.eager_s),
-                "first call": "-" if s.times.first_s is None else seconds_in_words(s.times.first_s),
-                "compiled": "-" if s.times.compiled_s is None else seconds_in_words(s.times.compiled_s),
+                "eager": format_seconds(s.times.eager_s),
+                "first call": "-" if s.times.first_s is None else format_seconds(s.times.first_s),
+                "compiled": "-" if s.times.compiled_s is None else format_seconds(s.times.compiled_s),
                 "pays after": "-" if s.times.pays_after is None else f"{s.times.pays_after:,}",
-                "burned in": bytes_in_words(sum(c.bytes for c in s.constants)),
+                "burned in": format_bytes(sum(c.bytes for c in s.constants)),
                 "traces": str(len(s.retraces)),
                 "tracing": "refused" if s.refusal else "differs" if s.difference else "ok",
             }
             for s in self.studies
         ]
 
-    def sections(self) -> list[Section]:
+    def report(self) -> Report:
         """The table; the file that `save` writes has each study's own report below it."""
         rows = self.rows
-        table = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
-        return [Section("", table)]
+        return Report((Table([list(row.values()) for row in rows], list(rows[0])),) if rows else ())
 
     def dict(self) -> list[dict[str, Any]]:
         """Each study as plain Python values, for JSON."""
         return [s.dict() for s in self.studies]
 
-    def _page(self) -> str:
-        return "".join(report._repr_html_() for report in (self, *self.studies))
+    def pages(self) -> list[Report]:
+        """The reports in the file that `save` writes."""
+        return [result.report() for result in (self, *self.studies)]
 
     def __repr__(self) -> str:
         return f"Comparison({', '.join(s.name for s in self.studies)})"
@@ -274,41 +247,27 @@ def _short(line: str) -> str:
     return os.path.basename(line)
 
 
-def _text(sections: Sequence[Section]) -> str:
-    parts = []
-    for title, rows in sections:
-        width = max(map(len, rows))
-        lines = rows_in_columns([[*row, *[""] * (width - len(row))] for row in rows], left=width)
-        parts.append("\n".join([*([title] if title else []), *(f"  {line}" for line in lines)]))
-    return "\n".join(parts)
-
-
-def _rich(sections: Sequence[Section]) -> Any:
+def _rich(report: Report) -> Any:
+    from rich import table as rich_table
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    tables = []
-    for title, rows in sections:
-        table = Table(title=title or None, title_justify="left", title_style="bold", box=None, show_header=False)
-        for row in rows:
+    renderables: list[Any] = []
+    for block in report.blocks:
+        if isinstance(block, str):
+            renderables.append(Text(block))
+            continue
+        options: dict[str, Any] = dict(title=block.title or None, title_justify="left", title_style="bold", box=None)
+        table = rich_table.Table(*block.header, show_header=bool(block.header), **options)
+        for row in block.shown:
             table.add_row(*map(Text, row))
-        tables.append(table)
-    return Group(*tables)
+        renderables += [table, *([Text(block.note)] if block.note else [])]
+    return Group(*renderables)
 
 
 _STYLE = """<style>
-.fg-report { font: 14px/1.4 system-ui, sans-serif; margin: 1em 0; }
-.fg-report h3 { margin: 1em 0 .3em; font-size: 1em; }
-.fg-report table { border-collapse: collapse; }
-.fg-report td { padding: .15em .8em .15em 0; text-align: left; vertical-align: top; white-space: pre-wrap; }
-.fg-report td { font: 12px/1.4 ui-monospace, monospace; }
+body { font: 14px/1.4 system-ui, sans-serif; }
+caption { margin: 1em 0 .3em; font-weight: bold; text-align: left; }
+table { border-collapse: collapse; }
+td, th { padding: .15em .8em .15em 0; vertical-align: top; white-space: pre-wrap; font: 12px/1.4 ui-monospace, monospace; }
 </style>"""
-
-
-def _html(sections: Sequence[Section]) -> str:
-    parts = []
-    for title, rows in sections:
-        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-        parts.append(f"<h3>{html.escape(title)}</h3><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")
-    return f'{_STYLE}<div class="fg-report">{"".join(parts)}</div>'

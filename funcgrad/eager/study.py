@@ -20,7 +20,7 @@ from ..transforms.compilation.kernels.table import compiled
 from ..transforms.core import _jax, subjaxprs
 from ..transforms.core.errors import ArgumentError, OptionError
 from ..transforms.core.graph import Graph, trace, walk
-from ..transforms.core.signatures import argument_names, described, name_of, without_static
+from ..transforms.core.signatures import argument_names, name_of, named_leaves, without_static
 from ..transforms.cost.operations import nbytes
 from .advice import refusal
 from .line_tracing import noticing, silent
@@ -92,7 +92,7 @@ def study(
     kernels, difference, times = None, None, Times(eager_s, None, None)
     retraces: list[str] = []
     if graph is not None:
-        paths, leaves = described(some, named, signature)
+        paths, leaves = named_leaves(some, named, signature)
         every, dynamic = (_arguments(h, *a) for h, a in ((plain, (args, kwargs)), (g, (some, named))))
         static = {name: value for name, value in every.items() if name not in dynamic}
         kernels = compiled(graph, *some, **named)

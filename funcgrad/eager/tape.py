@@ -23,6 +23,7 @@ from ..transforms.core import _jax, subjaxprs
 from ..transforms.core.errors import ArgumentError, NotScalarError
 from ..transforms.core.graph import Graph, trace
 from ..transforms.core.passes import Bound, Pass, bind, driven, functions_of
+from ..transforms.core.report import Report, Result, Table
 from .pullbacks import Operation, is_float, pulled_back, varying
 
 
@@ -71,7 +72,7 @@ class Node(NamedTuple):
         return f"{made or f'%{self.index}'} = {self.primitive} {given}"
 
 
-class Tape:
+class Tape(Result):
     """What ran while it was open: its nodes, in the order in which they ran.
 
     It keeps every value that it saw.
@@ -237,11 +238,10 @@ class Tape:
     def __repr__(self) -> str:
         return f"Tape({len(self.nodes)} operations, {1e3 * sum(n.elapsed_s for n in self.nodes):.3g} ms)"
 
-    def __str__(self) -> str:
+    def report(self) -> Report:
+        """A row for each operation: what it computed, its time, scope and line."""
         rows = [(str(n), f"{1e6 * n.elapsed_s:.0f} µs", n.scope, n.line or "") for n in self.nodes]
-        widths = [max((len(row[k]) for row in rows), default=0) for k in range(3)]
-        columns = (f"{a:<{widths[0]}}  {t:>{widths[1]}}  {s:<{widths[2]}}  {line}" for a, t, s, line in rows)
-        return "\n".join([repr(self), *(f"  {row.rstrip()}" for row in columns)])
+        return Report((repr(self), Table(rows, align="<>")))
 
 
 @contextmanager

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ..transforms.core.report import Report, Result, Table
+
 
 @dataclass(frozen=True, eq=False)
-class Log:
+class Log(Result):
     """What `train` did.
 
     Attributes:
@@ -38,17 +39,15 @@ class Log:
         """Steps per second of wall time, compilation left out."""
         return self.steps / max(self.elapsed_s - self.compile_s, 1e-9)
 
-    def __str__(self) -> str:
+    def report(self) -> Report:
+        """The time, and a row for the speed, the chunk and each metric."""
         measured = ", ".join(f"{size}: {seconds * 1e3:.3g} ms" for size, seconds in self.step_s.items())
         rows = [
-            f"{self.steps:,} steps in {self.elapsed_s:.3g} s, {self.compile_s:.3g} s of it compiling",
-            f"  speed   {self.steps_per_s:.4g} steps/s; {self.waited:.1%} of the time waiting for batches",
-            f"  chunk   {self.chunk}" + (f"; a step took, by chunk, {measured}" if measured else ""),
+            ("speed", f"{self.steps_per_s:.4g} steps/s; {self.waited:.1%} of the time waiting for batches"),
+            ("chunk", f"{self.chunk}" + (f"; a step took, by chunk, {measured}" if measured else "")),
         ]
         for name, values in self.metrics.items():
             if isinstance(values, np.ndarray) and values.ndim == 1 and len(values):
-                rows.append(f"  {name:<7} {values[0]:.4g} → {values[-1]:.4g}")
-        return "\n".join([*rows, f"  ended   {self.ended}"])
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+                rows.append((name, f"{values[0]:.4g} → {values[-1]:.4g}"))
+        head = f"{self.steps:,} steps in {self.elapsed_s:.3g} s, {self.compile_s:.3g} s of it compiling"
+        return Report((head, Table([*rows, ("ended", self.ended)])))

@@ -15,7 +15,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from ..transforms.autodiff.grad import value_and_grad
 from ..transforms.core.errors import ArgumentError, NotScalarError, OptionError, location
-from ..transforms.cost.formatting import bytes_of
+from ..transforms.cost.formatting import parse_bytes
 
 
 class TrainState(NamedTuple):
@@ -72,7 +72,7 @@ def step(loss: Callable[..., Any], optimizer: Any, *, has_aux: bool = False, mem
         hint = "make one, as in optax.adam(1e-3)"
         raise OptionError(f"step needs an optimizer with init and update, not {name}.", hint=hint)
     if memory is not None:
-        bytes_of(memory)  # says what is wrong with it
+        parse_bytes(memory)  # says what is wrong with it
     return Update(loss, optimizer, has_aux, memory)
 
 

@@ -17,8 +17,8 @@ from ..transforms import Graph, cost, walk
 from ..transforms.core._jax import Literal
 from ..transforms.core.errors import ArgumentError
 from ..transforms.core.subjaxprs import bodies
-from ..transforms.core.text import Names, equation, written
-from ..transforms.cost.formatting import count_in_words
+from ..transforms.core.text import Names, equation, graph_lines
+from ..transforms.cost.formatting import format_count
 
 CONTEXT = 2  # lines shown around a change
 
@@ -58,7 +58,7 @@ class Diff:
     def _head(self) -> list[str]:
         if not self:
             return [f"{self.before.name} -> {self.after.name}: the same"]
-        flops = " -> ".join(count_in_words(cost(graph).flops, "FLOP") for graph in (self.before, self.after))
+        flops = " -> ".join(format_count(cost(graph).flops, "FLOP") for graph in (self.before, self.after))
         changes = ", ".join(f"{n:+d} {name}" for name, n in self.primitives.items())
         return [f"{self.before.name} -> {self.after.name}: {changes or 'as many of each primitive'}; {flops}"]
 
@@ -118,10 +118,11 @@ def diff(before: Graph, after: Graph) -> Diff:
             raise ArgumentError(
                 f"diff takes two Graphs, and got {type(graph).__name__}.", hint="fg.diff(graph, fg.grad(graph))"
             )
-    names = Names(before.paths, before.jaxpr)
+    names = Names(before)
     old = _lines(before, names)
-    known = {after: names.known[v] for v, after in _pairs(before.jaxpr, after.jaxpr) if v in names.known}
-    new = _lines(after, Names(after.paths, after.jaxpr, known, names.known.values()))
+    matched = _pairs(before.jaxpr, after.jaxpr)
+    by_variable = {w: names.by_variable[v] for v, w in matched if v in names.by_variable}
+    new = _lines(after, Names(after, by_variable, names.by_variable.values()))
     lines: list[tuple[str, str]] = []
     for tag, a, b, c, d in _opcodes(old, new):
         if tag == "equal":
@@ -133,7 +134,7 @@ def diff(before: Graph, after: Graph) -> Diff:
 
 def _lines(graph: Graph, names: Names) -> list[str]:
     """The text of a graph without its name."""
-    head, body = written(graph.name, graph.paths, graph.jaxpr, names)
+    head, body = graph_lines(graph, names)
     return [head[0].removeprefix(graph.name), *head[1:], *body]
 
 

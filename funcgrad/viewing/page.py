@@ -18,7 +18,7 @@ from ..transforms import Graph, Halves
 from ..transforms.compilation.kernels.instructions import Kernel
 from ..transforms.compilation.kernels.table import Compiled
 from ..transforms.core.errors import ArgumentError
-from ..transforms.cost.formatting import seconds_in_words
+from ..transforms.cost.formatting import format_seconds
 from .schema import described
 
 
@@ -84,7 +84,7 @@ def page(graph: Graph | Halves, kernels: Compiled | None = None, times: Mapping[
 
 
 def _in_words(k: Kernel) -> str:
-    took = "" if k.elapsed_s is None else f", {seconds_in_words(k.elapsed_s)}"
+    took = "" if k.elapsed_s is None else f", {format_seconds(k.elapsed_s)}"
     others = f", with {len(k.equations) - 1} more" if len(k.equations) > 1 else ""
     return f"{k.name}: {k.sort}{took}{others}"
 

@@ -79,7 +79,7 @@ class _Description:
           given: values that its first inputs are, which then are no arguments.
           hidden: how many of its last outputs are not shown.
         """
-        jaxpr, names = graph.jaxpr.jaxpr, Names(graph.paths, graph.jaxpr)
+        jaxpr, names = graph.jaxpr.jaxpr, Names(graph)
         self.names, self.costs = names, _costs(graph)
         known = {}
         for v in jaxpr.constvars:

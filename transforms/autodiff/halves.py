@@ -11,7 +11,9 @@ from typing import Any
 
 from ..core import _jax, subjaxprs
 from ..core.graph import Graph
+from ..core.report import Report, Result, Table
 from ..core.scope_paths import Path, joined, maker
+from ..cost.formatting import format_bytes
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Residual:
 
 
 @dataclass(frozen=True, repr=False)
-class Halves:
+class Halves(Result):
     """A gradient in two Graphs. `out, kept = forward(*args)`, then `backward(kept, cotangents)` is the gradient.
 
     Attributes:
@@ -56,23 +58,23 @@ class Halves:
         return sum(r.bytes for r in self.residuals if r.eqn is not None)
 
     def __repr__(self) -> str:
-        return (
-            f"Halves({self.forward.name}, {self.backward.name}, {len(self.residuals)} residuals, {_size(self.bytes)})"
-        )
+        count = len(self.residuals)
+        return f"Halves({self.forward.name}, {self.backward.name}, {count} residuals, {format_bytes(self.bytes)})"
 
-    def __str__(self) -> str:
+    def report(self) -> Report:
+        """The number of equations, and a row for each residual."""
         arguments = sum(r.bytes for r in self.residuals if r.eqn is None)
-        head = (
-            f"{self.forward.name}: {len(self.forward.eqns)} equations; {self.backward.name}: {len(self.backward.eqns)}\n"
-            f"residuals: {_size(self.bytes)} computed, {_size(arguments)} of arguments"
-        )
-        rows = [("bytes", "type", "path", "equation", "line")]
+        rows = []
         for r in self.residuals:
             kind = f"{_jax.short_dtype(r.dtype)}[{','.join(map(str, r.shape))}]"
             rows.append((f"{r.bytes:,}", kind, r.path, r.eqn.primitive.name if r.eqn else "", r.line or ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join((row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:]))).rstrip() for row in rows]
-        return "\n".join((head, *lines))
+        return Report(
+            (
+                f"{self.forward.name}: {len(self.forward.eqns)} equations; {self.backward.name}: {len(self.backward.eqns)}",
+                f"residuals: {format_bytes(self.bytes)} computed, {format_bytes(arguments)} of arguments",
+                Table(rows, ("bytes", "type", "path", "equation", "line"), ">"),
+            )
+        )
 
 
 def in_program_order(forward: Graph, count: int) -> tuple[Graph, list[int], tuple[Residual, ...]]:
@@ -114,9 +116,3 @@ def _named(jaxpr: Any, around: Path = (), calls: tuple[int, ...] = ()) -> Iterat
         yield (*calls, id(eqn)), "/".join((*path, eqn.primitive.name))
         for body in subjaxprs.bodies(eqn):
             yield from _named(body.jaxpr.jaxpr, path, (*calls, id(eqn)))
-
-
-def _size(n: float) -> str:
-    """A number of bytes in words."""
-    k = min(int(math.log2(max(n, 1))) // 10, 4)
-    return f"{n / 1024**k:,.{1 if k else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[k]}"

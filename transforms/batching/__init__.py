@@ -1,5 +1,5 @@
 """Maps over a batch axis.
 
 vmap      jax.vmap on functions and Graphs
-chunking  a map as a loop over chunks of lanes, their number chosen by a memory budget
+chunking  a map as a loop over chunks of lanes, their size chosen by a memory budget
 """

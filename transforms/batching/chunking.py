@@ -1,8 +1,7 @@
-"""Maps in chunks: how many lanes are computed at a time, so that XLA's temporaries stay within a budget.
+"""Maps in chunks of lanes, whose size keeps XLA's temporaries within a budget.
 
-What is mapped (`batching`, `jacobians`) gives its program for any size of a chunk. Here one size is chosen, once per wrapper and
-types of arguments: bytes are predicted on a line through two sizes, and the program of the size that the line gives is compiled
-and held to the budget.
+`vmap` and the Jacobians give their program as a function of the size of a chunk. One size is chosen per wrapper and combination
+of argument types: a line through the predicted bytes of two sizes gives a size, and its program is compiled and measured.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ..core import _jax, manual_axes
 from ..core.errors import BudgetError, OptionError
 from ..core.graph import trace
 from ..cost.device import cache_bytes
-from ..cost.formatting import bytes_in_words, bytes_of
+from ..cost.formatting import format_bytes, parse_bytes
 from ..cost.table import cost
 
 _INLINE = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
@@ -30,25 +29,25 @@ Program = Callable[[int | None], Callable]
 
 
 def chunked(program: Program, lanes: Callable[..., int], name: str, memory: Any, chunk: int | None) -> Callable:
-    """What `program(None)` computes, in chunks where `memory` or `chunk` asks for them; compiled, as by `jax.jit`.
+    """`program(None)` compiled, as by `jax.jit`, in chunks if `memory` or `chunk` demands it.
 
     Args:
       program: size of a chunk -> function that computes so many lanes at a time; None -> all at once.
-      lanes: `lanes(*args, **kwargs)`: how many there are; raises what is wrong with the arguments.
-      name: what errors call the program.
+      lanes: `lanes(*args, **kwargs)` is the number of lanes; raises if the arguments do not fit.
+      name: of the program in errors.
     Raises:
       OptionError: the options do not fit. Also a ValueError.
-      BudgetError: at a call, a lane alone needs more than `memory`. Also a ValueError.
+      BudgetError: at a call, one lane needs more than `memory`. Also a ValueError.
     """
     if memory is not None and chunk is not None:
         raise OptionError(f"{name} takes memory= or chunk=, and got both.", hint="leave chunk= out: memory= chooses it")
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise OptionError(f"chunk= cannot be {chunk!r:.40}.", hint="a number of lanes, at least 1")
-    budget = bytes_of(memory) if chunk is None else 0
+    budget = parse_bytes(memory) if chunk is None else 0
     jitted = functools.cache(lambda size: jax.jit(program(size)))
     sizes: dict[Any, int | None] = {}
 
-    def chosen(args: tuple, kwargs: dict) -> int | None:
+    def chunk_size(args: tuple, kwargs: dict) -> int | None:
         count = lanes(*args, **kwargs)
         if chunk is not None:
             return _even(count, chunk) if chunk < count else None
@@ -56,141 +55,138 @@ def chunked(program: Program, lanes: Callable[..., int], name: str, memory: Any,
         measured = functools.cache(lambda size: _temp_bytes(program(size), jitted(size), args, kwargs))
         return _largest(count, budget, predicted, measured, name)
 
-    def selected(args: tuple, kwargs: dict) -> Any:
+    def jitted_for(args: tuple, kwargs: dict) -> Any:
         leaves, tree = tree_flatten((args, kwargs))
         types = tree, tuple(map(_jax.type_of, leaves))
         if types not in sizes:
-            sizes[types] = chosen(args, kwargs)
-        if isinstance(_jax.current_trace(), _jax.StagingTrace):  # anew, since what it closes over may be of that trace
+            sizes[types] = chunk_size(args, kwargs)
+        if isinstance(_jax.current_trace(), _jax.StagingTrace):  # a new jit: it may close over tracers of this trace
             return jax.jit(program(sizes[types]), inline=_INLINE)
         return jitted(sizes[types])
 
     @functools.wraps(program(None))
     @_jax.api_boundary
     def mapped(*args, **kwargs):
-        return selected(args, kwargs)(*args, **kwargs)
+        return jitted_for(args, kwargs)(*args, **kwargs)
 
-    # A call with known types is dispatched by JAX's C++ cache, which holds what ran for them before.
+    # JAX's C++ cache dispatches calls of types that it has seen, to the program that a miss returned.
     return _jax.with_miss(
-        jax.jit(mapped), lambda *args, **kwargs: _jax.dispatch_of(selected(args, kwargs)).miss(*args, **kwargs)
+        jax.jit(mapped), lambda *args, **kwargs: _jax.dispatch_of(jitted_for(args, kwargs)).miss(*args, **kwargs)
     )
 
 
 def in_chunks(piece: Callable[[Any, int], Any], lanes: int, chunk: int, axes: Any) -> Any:
-    """The results of all lanes, computed `chunk` at a time in one loop, each written where it belongs.
+    """The results of all lanes, computed `chunk` at a time in one loop that carries the results and updates them in place.
 
-    The last chunk overlaps the one before where `chunk` does not divide `lanes`. Where there are effects, which must not
-    happen twice, the lanes that are left are a piece of their own instead.
+    If `chunk` does not divide `lanes`, the last chunk overlaps the one before. With effects, which must not happen twice, the
+    remaining lanes are computed after the loop instead.
 
     Args:
-      piece: `piece(start, size)`: the results of lanes start to start + size, a tree of arrays.
-      axes: where the lanes stand in each result; None where they have none, and all chunks agree. A prefix of the tree.
+      piece: `piece(start, size)` is the tree of results of lanes start to start + size.
+      axes: the axis of lanes in each result; None for a result without lanes, equal in all chunks. A tree prefix.
     """
     graph = trace(lambda start: piece(start, chunk), np.int32(0))
     is_effectful = has_effects(graph.jaxpr)
-    places: list[int | None] = []
-    each = lambda axis, out: places.extend([axis] * len(tree_leaves(out)))
-    jax.tree.map(each, axes, tree_unflatten(graph.out_tree, graph.out_avals), is_leaf=lambda axis: axis is None)
-    places = [k if k is None else k % len(a.shape) for k, a in zip(places, graph.out_avals, strict=True)]
+    leaf_axes: list[int | None] = []
+    extend = lambda axis, out: leaf_axes.extend([axis] * len(tree_leaves(out)))
+    jax.tree.map(extend, axes, tree_unflatten(graph.out_tree, graph.out_avals), is_leaf=lambda axis: axis is None)
+    leaf_axes = [k if k is None else k % len(a.shape) for k, a in zip(leaf_axes, graph.out_avals, strict=True)]
 
-    def written(full, part, start):
-        part = tree_leaves(part)
+    def updated(results, part, start):
         update = lambda x, y, k: y if k is None else lax.dynamic_update_slice_in_dim(x, y, start, k)
-        return [update(*xyk) for xyk in zip(full, part, places, strict=True)]
+        return list(map(update, results, tree_leaves(part), leaf_axes))
 
-    def step(k, full):
+    def step(k, results):
         start = k * chunk if is_effectful else jnp.minimum(k * chunk, lanes - chunk)
-        return written(full, graph(start), start)
+        return updated(results, graph(start), start)
 
-    whole = lambda a, k: a.shape if k is None else (*a.shape[:k], lanes, *a.shape[k + 1 :])
-    zeros = lambda a, k: manual_axes.vary(jnp.zeros(whole(a, k), a.dtype), manual_axes.axes_of(a))
-    full = [zeros(a, k) for a, k in zip(graph.out_avals, places, strict=True)]
+    shape = lambda a, k: a.shape if k is None else (*a.shape[:k], lanes, *a.shape[k + 1 :])
+    zeros = lambda a, k: manual_axes.vary(jnp.zeros(shape(a, k), a.dtype), manual_axes.axes_of(a))
+    results = list(map(zeros, graph.out_avals, leaf_axes))
     count = lanes // chunk if is_effectful else -(-lanes // chunk)
-    full = lax.fori_loop(np.int32(0), np.int32(count), step, full)
+    results = lax.fori_loop(np.int32(0), np.int32(count), step, results)
     if is_effectful and (rest := lanes % chunk):
-        full = written(full, piece(np.int32(lanes - rest), rest), lanes - rest)
-    weak = [
-        _jax.cast(x, a) if getattr(a, "weak_type", False) else x for x, a in zip(full, graph.out_avals, strict=True)
-    ]
-    return tree_unflatten(graph.out_tree, weak)
+        results = updated(results, piece(np.int32(lanes - rest), rest), lanes - rest)
+    typed = lambda x, a: _jax.cast(x, a) if getattr(a, "weak_type", False) else x
+    return tree_unflatten(graph.out_tree, list(map(typed, results, graph.out_avals)))
 
 
 def has_effects(jaxpr: Any) -> bool:
-    """Whether it must not be run twice: names of axes may."""
+    """Whether a second run would repeat an effect; names of mesh axes are none."""
     return any(not isinstance(e, _jax.NamedAxisEffect) for e in jaxpr.effects)
 
 
-# ------------------------------------------------------------------------------------------------ the choice
+# ------------------------------------------------------------------------------------------------ size of a chunk
+
+Bytes = Callable[[int | None], int]  # size of a chunk, or None for all lanes at once -> bytes of temporaries
 
 
-def _even(lanes: int, most: int) -> int:
-    """The size of chunks of at most `most` lanes that are as few as can be, and as equal."""
-    return -(-lanes // -(-lanes // most))
+def _even(lanes: int, limit: int) -> int:
+    """The size of the fewest chunks of at most `limit` lanes, as equal as possible."""
+    return -(-lanes // -(-lanes // limit))
 
 
-def _largest(
-    lanes: int,
-    budget: int | float,
-    predicted: Callable[[int | None], int],
-    measured: Callable[[int | None], int],
-    name: str,
-) -> int | None:
-    """The largest size of a chunk with which the program stays within the budget; None for all lanes at once.
+def _largest(lanes: int, budget: int | float, predicted: Bytes, measured: Bytes, name: str) -> int | None:
+    """The largest size of a chunk that keeps to the budget; None for all lanes at once.
+
+    bytes(size) ≈ fixed + slope · size, at first through two predictions, then through the last measurements.
 
     Args:
-      budget: bytes; or a fraction, as a float, of what all lanes at once take.
-      predicted, measured: bytes of temporaries of the program with a size; to measure is to compile.
+      budget: bytes; or, as a float, a fraction of the bytes of all lanes at once.
+      predicted, measured: bytes of temporaries; `measured` compiles the program.
     """
     is_part = isinstance(budget, float)
     if is_part:
         budget = math.floor(budget * measured(None)) if budget < 1 else measured(None)
-    if (is_part or predicted(None) <= 2 * budget) and measured(None) <= budget:  # predictions are good to a factor of 2
+    if (is_part or predicted(None) <= 2 * budget) and measured(None) <= budget:  # predictions may be twice too large
         return None
     if lanes < 2:
         raise _too_small(name, lanes, budget, measured(None), measured(None))
-    few, most = _even(lanes, -(-lanes // 4)), -(-lanes // 2)
-    slope = (predicted(most) - predicted(few)) / (most - few) if most > few else predicted(few)
-    fixed = predicted(few) - slope * few
-    cap = _most_on_cpu() if jax.default_backend() == "cpu" else math.inf
-    tried: dict[int, int] = {}
+    quarter, half = _even(lanes, -(-lanes // 4)), -(-lanes // 2)
+    slope = (predicted(half) - predicted(quarter)) / (half - quarter) if half > quarter else predicted(quarter)
+    fixed = predicted(quarter) - slope * quarter
+    cap = _cpu_limit_bytes() if jax.default_backend() == "cpu" else math.inf
+    tried: dict[int, int] = {}  # size -> measured bytes, in the order of the measurements
     while True:
-        within = min(budget - fixed, cap) / slope if slope > 0 else most
-        size = _even(lanes, max(1, min(most, int(within))))
-        fits = [k for k, found in tried.items() if found <= budget]
-        if fits and (len(tried) >= 3 or size < 1.25 * max(fits) or size in tried):
-            return max(fits)
-        if tried and not fits:
+        limit = min(budget - fixed, cap) / slope if slope > 0 else half
+        size = _even(lanes, max(1, min(half, int(limit))))
+        fitting = [k for k, nbytes in tried.items() if nbytes <= budget]
+        if fitting and (len(tried) >= 3 or size < 1.25 * max(fitting) or size in tried):
+            return max(fitting)
+        if tried and not fitting:
             if min(tried) == 1:
-                if measured(None) <= budget:  # chunks need what lanes share as well, and are not simplified as far
+                if (
+                    measured(None) <= budget
+                ):  # a loop also carries values that all lanes share, and XLA simplifies it less
                     return None
                 raise _too_small(name, lanes, budget, min(tried.values()), measured(None))
             size = min(size, _even(lanes, min(tried) - 1 if len(tried) == 1 else min(tried) // 2))
-        before, tried[size] = [*tried.items()][-1:], measured(size)
-        if before:  # now the line goes through what was measured
-            ((other, found),) = before
-            slope = (tried[size] - found) / (size - other)
-            fixed = found - slope * other
+        previous = next(reversed(tried), None)
+        tried[size] = measured(size)
+        if previous is not None:
+            slope = (tried[size] - tried[previous]) / (size - previous)
+            fixed = tried[previous] - slope * previous
         else:
             fixed = tried[size] - slope * size
             fixed = fixed if slope and 0 < fixed < budget else 0
             slope = (tried[size] - fixed) / size
 
 
-def _most_on_cpu() -> int:
-    """The bytes that a chunk may have on a CPU, whatever the budget, since larger ones are slower.
+def _cpu_limit_bytes() -> int:
+    """The largest bytes of a chunk on a CPU, whatever the budget: larger chunks are slower.
 
-    They stay near, and leave some room there for what the chunk reads. And XLA, which asks for all of them at once and at every
-    call, gets memory that the process has: from 32 MiB on glibc takes it from the system each time, page by page (mallopt(3),
-    M_MMAP_THRESHOLD), which takes longer than the arithmetic.
+    The temporaries stay in the caches, with an eighth left for operands. And they are below 32 MiB, from where on glibc maps new
+    pages for each allocation (mallopt(3), M_MMAP_THRESHOLD), which takes longer than the arithmetic: XLA allocates all
+    temporaries at once, at every call.
     """
     return min(cache_bytes() * 7 // 8, 24 * 2**20)
 
 
-def _too_small(name: str, lanes: int, budget: float, of_one: int, of_all: int) -> BudgetError:
-    smallest = min(of_one, of_all)
-    what = f"one of its {lanes} lanes at a time" if of_one <= of_all else f"its {lanes} lanes at once"
+def _too_small(name: str, lanes: int, budget: float, lane_bytes: int, all_bytes: int) -> BudgetError:
+    smallest = min(lane_bytes, all_bytes)
+    part = f"one of its {lanes} lanes at a time" if lane_bytes <= all_bytes else f"its {lanes} lanes at once"
     error = BudgetError(
-        f"{name} needs {bytes_in_words(smallest)} of temporaries for {what}, and memory= allows {bytes_in_words(budget)}.",
+        f"{name} needs {format_bytes(smallest)} of temporaries for {part}, and memory= allows {format_bytes(budget)}.",
         hint=f"memory={smallest} is the least; jax.checkpoint inside of the function, or smaller arguments, lower it",
     )
     error.smallest = smallest
@@ -198,26 +194,26 @@ def _too_small(name: str, lanes: int, budget: float, of_one: int, of_all: int) -
 
 
 def _predicted(f: Callable, size: int | None, args: tuple, kwargs: dict) -> int:
-    """The temporaries of a program. A loop over chunks writes its results in place, where the model makes room for them."""
+    """The temporaries of a program: the model's, without the results that a loop over chunks updates in place."""
     graph = trace(f, *args, **kwargs)
     in_place = 0 if size is None else sum(math.prod(a.shape) * a.dtype.itemsize for a in graph.out_avals)
     return max(0, cost(graph).temp_bytes - in_place)
 
 
 def _temp_bytes(f: Callable, jitted: Any, args: tuple, kwargs: dict) -> int:
-    """The temporaries of a compiled program, as XLA counts them; what is compiled here is what a call outside of a trace runs.
+    """The temporaries of the compiled program, as XLA counts them. Outside of a trace, a call runs the same executable.
 
-    Inside of a trace closed-over values become arguments. What names mesh axes compiles with its surroundings only, so there
-    the prediction stands for it.
+    Inside of a trace closed-over values become arguments. A program with names of mesh axes cannot be compiled alone; its bytes
+    are predicted.
     """
     if not _jax.is_tracing():
         return jitted.lower(*args, **kwargs).compile().memory_analysis().temp_size_in_bytes
     graph = trace(f, *args, **kwargs)
-    types = [*map(jax.typeof, graph.jaxpr.consts), *graph.in_avals]
-    is_named = any(isinstance(e, _jax.NamedAxisEffect) for e in graph.jaxpr.effects)
-    if is_named or not jax.sharding.get_abstract_mesh().empty or not all(map(_jax.is_array, types)):
+    avals = [*map(jax.typeof, graph.jaxpr.consts), *graph.in_avals]
+    has_axis_names = any(isinstance(e, _jax.NamedAxisEffect) for e in graph.jaxpr.effects)
+    if has_axis_names or not jax.sharding.get_abstract_mesh().empty or not all(map(_jax.is_array, avals)):
         return cost(graph).temp_bytes
     run = _jax.jaxpr_as_fun(_jax.close(_jax.convert_constvars_jaxpr(graph.jaxpr.jaxpr)))
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in types]
-    alone: Any = jax.jit(lambda *values: run(*values))
-    return alone.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
+    jitted = jax.jit(lambda *values: run(*values))
+    return jitted.lower(*shapes).compile().memory_analysis().temp_size_in_bytes

@@ -1,6 +1,6 @@
-"""What XLA compiles.
+"""Compilation with XLA.
 
-jit       jax.jit with an account of its retraces
-retraces  why a call was traced or compiled again
+jit       jax.jit with a list of its retraces
+retraces  the list, and the differences between calls
 kernels/  the kernels of a compiled program, their equations and times
 """

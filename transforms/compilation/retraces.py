@@ -1,4 +1,4 @@
-"""Why a call was traced or compiled again: what tells two calls apart, and the result that says so."""
+"""`Retraces`: the traces and compilations of a jitted function, and the change in its arguments that caused each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path, tree_structure
 
 from ..core import _jax
+from ..core.report import Report, Result, Table
 
-# The kinds of change, in the order in which they are told, and what to do about each.
+# kind of change -> hint, in the order in which changes are listed.
 _HINTS = {
     "function": "make the function once, outside the loop that calls it",
     "shape": "pad {where} to one shape, or drop the last, smaller batch",
@@ -27,15 +28,15 @@ _HINTS = {
     "leaf": "pass {where} as a jax.Array in every call",
     "caller": "call it in one place: inside a larger program, or on its own",
 }
-_SELDOM_TRACED = ("sharding", "leaf", "caller")  # not the reason for a trace where something else changed too
+_SELDOM_TRACED = ("sharding", "leaf", "caller")  # not the reason for a trace if anything else changed
 _SHOWN = 4  # changes printed per entry
-_LISTED, _ENDS = 20, 5  # entries printed; of more, so many at each end
+_LISTED, _ENDS = 20, 5  # entries printed; of more entries, the first and the last 5
 _WIDTH = 48  # characters printed of a value
 
 
 @dataclass(frozen=True)
 class Change:
-    """One difference between two calls: of what kind, where, from what to what."""
+    """One difference between two calls: its kind, the argument, the values before and now."""
 
     kind: str
     where: str
@@ -45,29 +46,29 @@ class Change:
     def __str__(self):
         before, now = str(self.before), str(self.now)
         start = 0
-        if max(len(before), len(now)) > _WIDTH:  # of long values, what follows the beginning that they share
-            same = next((i for i, (b, n) in enumerate(zip(before, now, strict=False)) if b != n), 0)
-            start = max(0, same - _WIDTH // 4)
+        if max(len(before), len(now)) > _WIDTH:  # leave out most of the common prefix
+            prefix = next((k for k, (b, n) in enumerate(zip(before, now, strict=False)) if b != n), 0)
+            start = max(0, prefix - _WIDTH // 4)
         cut = lambda text: "…" * (start > 0) + text[start : start + _WIDTH] + "…" * (len(text) > start + _WIDTH)
         return f"{self.where}  {self.kind} {cut(before)} -> {cut(now)}".strip()
 
     @property
     def hint(self) -> str:
-        """What to do so that nothing changes."""
+        """How to avoid the change."""
         return _HINTS[self.kind].format(**vars(self))
 
 
 @dataclass(frozen=True)
 class Retrace:
-    """A call that JAX could not dispatch at once, and those like it.
+    """The cache misses of one signature.
 
     Attributes:
       index: 1 for the first.
-      level: "trace"; "compile", where the trace was there; or "dispatch", where the program was there too.
+      level: "trace"; "compile", if JAX had the trace; or "dispatch", if it had the compiled program too.
       changes: from the nearest earlier call; none for the first.
       trace_s, compile_s: seconds in Python, and in lowering and XLA.
-      caller: the user's line that called, as file:line.
-      count: how many such calls.
+      caller: the user's line of the call, as file:line.
+      count: how many calls.
     """
 
     index: int
@@ -84,8 +85,8 @@ class Retrace:
 
 
 @dataclass(frozen=True)
-class Retraces(Sequence):
-    """What a jitted function traced and compiled: a sequence of `Retrace`, one per signature."""
+class Retraces(Result, Sequence):
+    """The cache misses of a jitted function: a sequence of `Retrace`, one per signature."""
 
     name: str
     entries: tuple[Retrace, ...] = ()
@@ -106,63 +107,62 @@ class Retraces(Sequence):
         """How often it was compiled as a program of its own."""
         return sum(entry.count for entry in self.entries if entry.compile_s)
 
-    def __str__(self):
+    def report(self) -> Report:
+        """The totals, and a row for each entry; of more than 20, the first and the last 5."""
         traced = f"traced {times(self.traced)} ({sum(entry.trace_s for entry in self.entries):.2f} s)"
         compiled = f"compiled {times(self.compiled)} ({sum(entry.compile_s for entry in self.entries):.2f} s)"
         head = f"{self.name}: {traced}, {compiled}"
         if len(self) <= _LISTED:
-            return "\n".join([head, *_table(self.entries)])
+            return Report((head, _table(self.entries)))
         hidden = f"  … {len(self) - 2 * _ENDS} more{_most_varied(self.entries)}"
-        return "\n".join([head, *_table(self.entries[:_ENDS]), hidden, *_table(self.entries[-_ENDS:])])
+        return Report((head, _table(self.entries[:_ENDS]), hidden, _table(self.entries[-_ENDS:])))
 
 
 def _cells(entry: Retrace) -> tuple[str, str, list[str], str]:
-    """Number, level, lines of changes and caller, as printed."""
+    """Number, level, lines of changes and caller."""
     level = entry.level + (f" ×{entry.count}" if entry.count > 1 else "")
     changes = listed(entry.changes) or ["no visible change" if entry.index > 1 else "first call"]
     return f"#{entry.index}", level, changes, os.path.basename(entry.caller)
 
 
-def _table(entries: Sequence[Retrace]) -> list[str]:
+def _table(entries: Sequence[Retrace]) -> Table:
     rows = []
     for entry in entries:
         number, level, (first, *more), caller = _cells(entry)
         rows += [(number, level, first, caller), *(("", "", line, "") for line in more)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
-    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return Table(rows)
 
 
 def _most_varied(entries: Sequence[Retrace]) -> str:
-    """What took the most values in all of these, and how many."""
+    """The property with the most values in all of these, and how many."""
     values: dict[str, set[str]] = {}
     for change in (change for entry in entries for change in entry.changes):
-        what = f"{change.where}  {change.kind}".strip()
-        values.setdefault(what, set()).update((str(change.before), str(change.now)))
-    what = max(values, key=lambda what: len(values[what]), default="")
-    return f"; {what} took {len(values[what])} values" if what else ""
+        values.setdefault(f"{change.where}  {change.kind}".strip(), set()).update((str(change.before), str(change.now)))
+    name = max(values, key=lambda name: len(values[name]), default="")
+    return f"; {name} took {len(values[name])} values" if name else ""
 
 
 def times(n: int) -> str:
-    """How often, in words."""
+    """As "once" or "3 times"."""
     return "once" if n == 1 else f"{n} times"
 
 
 def listed(changes: Sequence[Change]) -> list[str]:
-    """One line per change; of many, the first."""
+    """One line for each of the first changes."""
     hidden = len(changes) - _SHOWN
     return [*map(str, changes[:_SHOWN]), *([f"and {hidden} more"] if hidden > 0 else [])]
 
 
-# --------------------------------------------------------------------------------------------- what tells calls apart
+# ------------------------------------------------------------------------------------------------ cache keys
 
 Facts = dict[tuple[str, str, str], Any]  # (kind, argument, path in it) -> value
 
 
 class Call:
-    """All that JAX's caches tell calls apart by.
+    """The keys of JAX's caches for a call.
 
-    Calls with the same `program` share a trace; with the same `dispatch` also the way from arguments to the compiled
-    program. Both are hashes, which keep nothing of the user's alive.
+    Calls with the same `program` share a trace; calls with the same `dispatch` share an entry of the C++ cache. Both are hashes,
+    which keep no arguments alive.
     """
 
     def __init__(self, arguments: dict[str, Any], keywords: set[str], static: set[str]):
@@ -179,7 +179,7 @@ class Call:
         self.dispatch = hash((self.program, self.is_nested, *self.places))
 
     def facts(self) -> Facts:
-        """The same in words. A leaf's "tree" says that it is there, a "container" how an argument holds its leaves."""
+        """The parts of the keys. The "tree" of a leaf is its presence, a "container" the tree structure of an argument."""
         context = _jax.named_context(self.context)
         facts: Facts = {("caller", "", ""): "inside another trace" if self.is_nested else "on its own"}
         facts |= {("context", option, ""): value for option, value in context.items()}
@@ -202,14 +202,14 @@ class Call:
 
 
 class _Text(NamedTuple):
-    """How a value looks and what tells it from one that looks the same: not the value, which would stay alive."""
+    """The text and the hash of a value, which do not keep it alive."""
 
     text: str
     key: int
 
 
 def _place(x: Any) -> tuple[str, Any]:
-    """Whose array a leaf is, and where it has to stay."""
+    """The kind of array that a leaf is, and the sharding that it is committed to."""
     if isinstance(x, (np.ndarray, np.generic)):
         return "numpy", None
     if isinstance(x, (bool, int, float, complex)):
@@ -221,7 +221,7 @@ def _place(x: Any) -> tuple[str, Any]:
 
 
 def explain(facts: Facts, earlier: Iterable[Facts], level: str) -> tuple[Change, ...]:
-    """The changes from the nearest of the earlier calls, among equals the first."""
+    """The changes from the earlier call with the fewest of them; among equals the first call."""
     nearest = min((_changes(old, facts) for old in earlier), key=len, default=[])
     reasons = [change for change in nearest if level != "trace" or change.kind not in _SELDOM_TRACED]
     return tuple(reasons or nearest)
@@ -231,10 +231,10 @@ def _changes(old: Facts, new: Facts) -> list[Change]:
     changed = {key for key in old.keys() & new.keys() if old[key] != new[key] and key[0] != "tree"}
     moved = {key for key in old.keys() ^ new.keys() if key[0] in ("tree", "static")}
     explained = {("container", name, "") for _, name, _ in moved}
-    found = []
+    changes = []
     for key in (changed | moved) - explained:
         kind, name, path = key
         values = (facts.get(key, "absent") for facts in (old, new))
         before, now = (value.text if isinstance(value, _Text) else value for value in values)
-        found.append(Change("tree" if kind == "container" else kind, name + path, before, now))
-    return sorted(found, key=lambda change: ([*_HINTS].index(change.kind), change.where))
+        changes.append(Change("tree" if kind == "container" else kind, name + path, before, now))
+    return sorted(changes, key=lambda change: ([*_HINTS].index(change.kind), change.where))

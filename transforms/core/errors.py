@@ -49,10 +49,10 @@ class GraphError(FuncgradError, ValueError):
 
 
 class BudgetError(FuncgradError, ValueError):
-    """No program that was found stays within the memory that was given.
+    """The smallest program needs more memory than the budget.
 
     Attributes:
-      smallest: bytes of temporaries of the smallest one.
+      smallest: bytes of temporaries of the smallest program.
     """
 
     smallest: int = 0
@@ -63,7 +63,7 @@ class RetraceError(FuncgradError, RuntimeError):
 
 
 class DataError(FuncgradError, ValueError):
-    """The batches do not fit the training step: none at all, or of changing shapes."""
+    """There are no batches, or they do not fit the training step."""
 
 
 class NotFiniteError(FuncgradError, FloatingPointError):
@@ -75,7 +75,7 @@ class MissingExtra(FuncgradError, ImportError):
 
 
 def location(f: Callable) -> str | None:
-    """`file.py:line (name)` where `f` was defined; None for what has no Python source."""
+    """The definition of `f` as "file.py:line (name)"; None if it has no Python source."""
     code = getattr(inspect.unwrap(getattr(f, "func", f)), "__code__", None)
     if code is None:
         return None

@@ -14,8 +14,8 @@ from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unf
 from . import _jax, subjaxprs
 from .errors import ArgumentError
 from .evaluation import evaluated
-from .signatures import canonical, described, name_of, without_static
-from .text import text
+from .signatures import canonical_arguments, name_of, named_leaves, without_static
+from .text import Names, graph_lines
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,7 +30,7 @@ class Graph:
       jaxpr: the closed jaxpr, its constants (closed-over arrays) in `jaxpr.consts`.
       in_tree: tree of (args, kwargs), static arguments left out.
       out_tree: tree of the result.
-      paths: what each input leaf is called, as in `params['dense_0']['w']`.
+      paths: the path of each input leaf, as in `params['dense_0']['w']`.
       name: the function's name.
       signature: the function's parameters without the static ones; None if Python cannot tell.
     """
@@ -44,7 +44,7 @@ class Graph:
 
     @property
     def eqns(self) -> list[_jax.JaxprEqn]:
-        """The equations of the outermost level; `walk` goes into sub-jaxprs."""
+        """The equations of the outermost level; `walk` yields those of sub-jaxprs too."""
         return self.jaxpr.jaxpr.eqns
 
     @cached_property
@@ -58,7 +58,7 @@ class Graph:
         return tuple(v.aval for v in self.jaxpr.jaxpr.outvars)
 
     def __post_init__(self):
-        # What `inspect`, `functools.wraps` and JAX's messages look for on a function.
+        # `inspect`, `functools.wraps` and JAX's messages read these attributes of a function.
         object.__setattr__(self, "__name__", self.name)
         object.__setattr__(self, "__signature__", self.signature or inspect.signature(lambda *args, **kwargs: None))
 
@@ -79,7 +79,7 @@ class Graph:
         """The flat inputs of a call, checked against the traced types; raises as a call does."""
         leaves, tree = tree_flatten((args, kwargs))
         if tree != self.in_tree:
-            leaves, tree = tree_flatten(canonical(self.signature, args, kwargs))
+            leaves, tree = tree_flatten(canonical_arguments(self.signature, args, kwargs))
         if tree != self.in_tree:
             raise self._wrong_tree(args, kwargs)
         return [_fit(self, k, leaf, aval) for k, (leaf, aval) in enumerate(zip(leaves, self.in_avals, strict=True))]
@@ -97,24 +97,21 @@ class Graph:
         return Graph(jaxpr, self.in_tree, out_tree(), self.paths, name, self.signature)
 
     def _wrong_tree(self, args, kwargs) -> ArgumentError:
-        args, kwargs = canonical(self.signature, args, kwargs)
-        given = dict(zip(*described(args, kwargs, self.signature), strict=True))
-        missing = [p for p in self.paths if p not in given]
-        unknown = [p for p in given if p not in self.paths]
-        details = "; ".join(
-            f"{what} {', '.join(which)}" for what, which in (("missing", missing), ("unknown", unknown)) if which
-        )
+        args, kwargs = canonical_arguments(self.signature, args, kwargs)
+        leaves = dict(zip(*named_leaves(args, kwargs, self.signature), strict=True))
+        missing = ", ".join(path for path in self.paths if path not in leaves)
+        unknown = ", ".join(path for path in leaves if path not in self.paths)
+        details = "; ".join([f"missing {missing}"] * bool(missing) + [f"unknown {unknown}"] * bool(unknown))
+        parameters = ", ".join(dict.fromkeys(map(_parameter, self.paths)))
         return ArgumentError(
             f"{self.name} was traced with other arguments: {details or 'another tree structure'}.",
-            inputs=", ".join(f"{p}: {_short(x)}" for p, x in given.items()) or "none",
-            hint=f"call it as {self.name}({', '.join(self._parameters())}), or trace it again with these arguments",
+            inputs=", ".join(f"{path}: {_short(x)}" for path, x in leaves.items()) or "none",
+            hint=f"call it as {self.name}({parameters}), or trace it again with these arguments",
         )
 
-    def _parameters(self) -> list[str]:
-        return list(dict.fromkeys(p.split("[")[0].split(".")[0] for p in self.paths))
-
     def __repr__(self) -> str:
-        inputs = ", ".join(f"{p}: {a.str_short()}" for p, a in zip(self.paths[:4], self.in_avals[:4], strict=True))
+        shown = zip(self.paths[:4], self.in_avals[:4], strict=True)
+        inputs = ", ".join(f"{path}: {aval.str_short()}" for path, aval in shown)
         more = f", and {len(self.paths) - 4} more" if len(self.paths) > 4 else ""
         outputs = ", ".join(a.str_short() for a in self.out_avals)
         return f"Graph({self.name}({inputs}{more}) -> {outputs}, {len(self.eqns)} equations)"
@@ -126,12 +123,16 @@ class Graph:
         """The graph as text: one equation a line, scopes as headings, sub-jaxprs indented.
 
         Args:
-          source: whether each equation shows the user's line that made it.
+          source: whether each equation shows the user's line that bound it.
           lines: fold the middle of a longer text; None shows all.
         """
-        return text(self.name, self.paths, self.jaxpr, source=source, lines=lines)
+        head, body = graph_lines(self, Names(self), source)
+        if lines is not None and len(body) > (lines := max(lines, 2)):
+            folded = f"  … {len(body) - lines} lines folded; text(lines=None) shows all …"
+            body = [*body[: lines // 2], folded, *body[len(body) - (lines - lines // 2) :]]
+        return "\n".join([*head, *body])
 
-    if TYPE_CHECKING:  # methods that `funcgrad.notebooks` adds
+    if TYPE_CHECKING:  # `funcgrad.notebooks` adds these methods
 
         def to_json(self) -> str:
             """The graph as JSON, as `fg.to_json`."""
@@ -148,12 +149,12 @@ def trace(
     static_argnames: str | Sequence[str] = (),
     **kwargs,
 ) -> Graph:
-    """Trace a pure function into a `Graph`; `f` runs once, nothing is computed, nothing is cached.
+    """Trace a pure function into a `Graph`; `f` runs once with tracers, and nothing is cached.
 
     Args:
       f: function of pytrees of arrays.
       *args, **kwargs: example arguments: arrays, or anything with shape and dtype such as `jax.ShapeDtypeStruct`.
-      static_argnums, static_argnames: arguments that are Python values, as in `jax.jit`; the graph is made for these values
+      static_argnums, static_argnames: arguments that are Python values, as in `jax.jit`; the graph holds for these values only
         and is called without them.
     Returns:
       The graph, with one input per array leaf of the arguments. Closed-over arrays are its constants.
@@ -168,9 +169,9 @@ def trace(
       return b
     """
     f, args, kwargs, signature = without_static(f, args, kwargs, static_argnums, static_argnames)
-    args, kwargs = canonical(signature, args, kwargs)
+    args, kwargs = canonical_arguments(signature, args, kwargs)
     leaves, in_tree = tree_flatten((args, kwargs))
-    paths, _ = described(args, kwargs, signature)
+    paths, _ = named_leaves(args, kwargs, signature)
     for path, leaf in zip(paths, leaves, strict=True):
         _check_traceable(f, path, leaf)
     flat, out_tree = _flat(f, in_tree, name_of(f))
@@ -179,7 +180,7 @@ def trace(
 
 
 def walk(graph: Graph | _jax.ClosedJaxpr) -> Iterator[tuple[tuple[str, ...], _jax.JaxprEqn]]:
-    """Every equation of a graph in program order, with the path of sub-jaxprs it lies in.
+    """Every equation of a graph in program order, with the path of the sub-jaxprs around it.
 
     Yields:
       (path, equation): () for the outermost level; `("scan.jaxpr",)` for the body of a scan.
@@ -188,15 +189,15 @@ def walk(graph: Graph | _jax.ClosedJaxpr) -> Iterator[tuple[tuple[str, ...], _ja
     for eqn in jaxpr.jaxpr.eqns:
         yield (), eqn
         for body in subjaxprs.bodies(eqn):
-            for path, inner in walk(body.jaxpr):
-                yield (f"{eqn.primitive.name}.{body.label}", *path), inner
+            for path, nested in walk(body.jaxpr):
+                yield (f"{eqn.primitive.name}.{body.label}", *path), nested
 
 
 # ------------------------------------------------------------------------------------------------ checks
 
 
 def _flat(f: Callable, in_tree: Any, name: str) -> tuple[Callable, Callable[[], Any]]:
-    """`f` on the leaves of its arguments, and the tree of its result, known once it has run."""
+    """`f` on the leaves of its arguments, and a function that returns the tree of its result after it ran."""
     trees = []
 
     def flat(*leaves):
@@ -204,7 +205,7 @@ def _flat(f: Callable, in_tree: Any, name: str) -> tuple[Callable, Callable[[], 
         paths, out_tree = tree_flatten_with_path(f(*args, **kwargs))
         trees.append(out_tree)
         for path, leaf in paths:
-            if _short(leaf) == type(leaf).__name__:
+            if _aval(leaf) is None:
                 raise ArgumentError(
                     f"{name} returned {type(leaf).__name__} {('at ' + keystr(path)) if path else ''}, which is not an array.",
                     inputs=f"{leaf!r:.60}",
@@ -216,35 +217,43 @@ def _flat(f: Callable, in_tree: Any, name: str) -> tuple[Callable, Callable[[], 
 
 
 def _check_traceable(f, path: str, leaf) -> None:
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+    if (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or _aval(leaf) is not None:
         return
+    raise ArgumentError(
+        f"{name_of(f)} cannot be traced with {path} of type {type(leaf).__name__}, which is not an array.",
+        inputs=f"{path} = {leaf!r:.60}",
+        hint=f"name it static: fg.trace({name_of(f)}, ..., static_argnames={path!r})"
+        if path.isidentifier()
+        else f"close over it, or leave it out: only arrays can stand in {_parameter(path)}",
+    )
+
+
+def _parameter(path: str) -> str:
+    """The parameter that the path of a leaf starts with."""
+    return path.split("[")[0].split(".")[0]
+
+
+def _aval(leaf) -> Any:
+    """The abstract value of a leaf; None for an object that is no array."""
     try:
-        jax.typeof(leaf)
+        return jax.typeof(leaf)
     except TypeError:
-        raise ArgumentError(
-            f"{name_of(f)} cannot be traced with {path} of type {type(leaf).__name__}, which is not an array.",
-            inputs=f"{path} = {leaf!r:.60}",
-            hint=f"name it static: fg.trace({name_of(f)}, ..., static_argnames={path!r})"
-            if path.isidentifier()
-            else f"close over it, or leave it out: only arrays can stand in {path.split('[')[0].split('.')[0]}",
-        ) from None
+        return None
 
 
 def _short(leaf) -> str:
-    try:
-        return jax.typeof(leaf).str_short()
-    except TypeError:
-        return type(leaf).__name__
+    """The type of a leaf, as "float32[3]"; of an object that is no array the name of its class."""
+    aval = _aval(leaf)
+    return type(leaf).__name__ if aval is None else aval.str_short()
 
 
 def _fit(graph: Graph, k: int, leaf, aval):
-    try:
-        given = jax.typeof(leaf)
-    except TypeError:
-        given = None
-    if given is None or type(given) is not type(aval) or (given.shape, given.dtype) != (aval.shape, aval.dtype):
+    """The leaf, cast to the weak type of the graph's input; raises if it has another shape or dtype."""
+    leaf_aval = _aval(leaf)
+    if type(leaf_aval) is not type(aval) or (leaf_aval.shape, leaf_aval.dtype) != (aval.shape, aval.dtype):
         raise ArgumentError(
             f"{graph.name} takes {graph.paths[k]} of type {aval.str_short()}, and got {_short(leaf)}.",
             hint=f"pass {aval.str_short()}, or trace {graph.name} again with such an argument",
         )
-    return leaf if getattr(given, "weak_type", False) == getattr(aval, "weak_type", False) else _jax.cast(leaf, aval)
+    is_weak, is_weak_input = (getattr(a, "weak_type", False) for a in (leaf_aval, aval))
+    return leaf if is_weak == is_weak_input else _jax.cast(leaf, aval)

@@ -1,4 +1,4 @@
-"""Arguments of a function: what they are called, how a call orders them, which of them are static."""
+"""Arguments of a function: their names, their canonical order in a call, and static ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .errors import ArgumentError, OptionError, location
 
 
 def name_of(f: Callable) -> str:
-    """What a function is called."""
+    """The name of a function; the type of a callable that has none."""
     return getattr(f, "__name__", None) or type(getattr(f, "func", f)).__name__
 
 
 def argument_names(signature: inspect.Signature | None, count: int) -> list[str]:
-    """What the first `count` positional arguments are called; `rest[0]` and so on for what `*rest` takes."""
+    """The names of the first `count` positional arguments; `rest[0]` and so on for those of `*rest`."""
     parameters = signature.parameters.values() if signature else ()
     fixed = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
@@ -27,7 +27,7 @@ def argument_names(signature: inspect.Signature | None, count: int) -> list[str]
 
 
 def without_static(f, args, kwargs, static_argnums, static_argnames):
-    """`f` with its static arguments filled in, and what is left of the arguments and of the signature."""
+    """`f` with its static arguments filled in; its other arguments; its signature without the static ones."""
     signature = _jax.signature_of(f)
     numbers = {static_argnums} if isinstance(static_argnums, int) else set(static_argnums)
     names = {static_argnames} if isinstance(static_argnames, str) else set(static_argnames)
@@ -42,9 +42,10 @@ def without_static(f, args, kwargs, static_argnums, static_argnames):
     except TypeError as e:
         raise ArgumentError(f"{name_of(f)} cannot be called so: {e}.", at=location(f)) from None
     count = len(args)
-    if wrong := [k for k in numbers if not -count <= k < count] + [n for n in names if n not in signature.parameters]:
+    absent = [k for k in numbers if not -count <= k < count] + [n for n in names if n not in signature.parameters]
+    if absent:
         raise OptionError(
-            f"{name_of(f)} has no argument {', '.join(map(repr, wrong))} to be static.",
+            f"{name_of(f)} has no argument {', '.join(map(repr, absent))} to be static.",
             inputs=f"{name_of(f)}{signature}",
         )
     positional = argument_names(signature, len(bound.args))
@@ -60,13 +61,14 @@ def without_static(f, args, kwargs, static_argnums, static_argnames):
     variadic = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL), None)
 
     def filled(*args, **kwargs):
-        given = {**rest.bind(*args, **kwargs).arguments, **static}
-        if variadic:  # static values among those that `*rest` takes, in order of their places
-            values = list(given.get(variadic, ()))
+        arguments = {**rest.bind(*args, **kwargs).arguments, **static}
+        if variadic:  # insert static values of `*rest` at their places
+            values = list(arguments.get(variadic, ()))
             for name in [n for n in positional if n in static and n.startswith(f"{variadic}[")]:
-                values.insert(int(name[len(variadic) + 1 : -1]), given.pop(name))
-            given |= {variadic: tuple(values)} if values else {}
-        full = inspect.BoundArguments(signature, OrderedDict((n, given[n]) for n in signature.parameters if n in given))
+                values.insert(int(name[len(variadic) + 1 : -1]), arguments.pop(name))
+            arguments |= {variadic: tuple(values)} if values else {}
+        ordered = OrderedDict((n, arguments[n]) for n in signature.parameters if n in arguments)
+        full = inspect.BoundArguments(signature, ordered)
         return f(*full.args, **full.kwargs)
 
     filled.__name__ = filled.__qualname__ = name_of(f)
@@ -75,8 +77,8 @@ def without_static(f, args, kwargs, static_argnums, static_argnames):
     return filled, dynamic, {n: v for n, v in bound.kwargs.items() if n not in names}, rest
 
 
-def canonical(signature, args, kwargs):
-    """The arguments as the signature orders them, so that keyword and positional calls meet; as they are if they do not fit."""
+def canonical_arguments(signature, args, kwargs):
+    """The arguments in the order of the signature, equal for keyword and positional calls; unchanged if they do not fit."""
     try:
         bound = signature.bind(*args, **kwargs)
     except (AttributeError, TypeError):
@@ -84,8 +86,8 @@ def canonical(signature, args, kwargs):
     return bound.args, bound.kwargs
 
 
-def described(args, kwargs, signature) -> tuple[list[str], list[Any]]:
-    """Path and value of each leaf of the arguments."""
+def named_leaves(args, kwargs, signature) -> tuple[list[str], list[Any]]:
+    """The path of each leaf of the arguments, as "params['w']", and its value."""
     names = argument_names(signature, len(args))
     paths, leaves = [], []
     for name, value in [*zip(names, args, strict=True), *sorted(kwargs.items())]:

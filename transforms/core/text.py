@@ -1,16 +1,16 @@
-"""A graph as text for terminals: one equation a line, scopes as headings, sub-jaxprs indented."""
+"""The lines of a Graph's text: one equation a line, scopes as headings, sub-jaxprs indented."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import _jax, subjaxprs
 
-# Parameters that say nothing to a reader, or that the listing shows in another way.
+# Parameters that tell a reader nothing, or that the text shows in another way.
 _HIDDEN = frozenset(
     """
     jaxpr call_jaxpr branches cond_jaxpr body_jaxpr jaxprs const_lengths jvp_jaxpr_fun fwd_jaxpr_thunk bwd out_trees
@@ -22,76 +22,60 @@ _HIDDEN = frozenset(
 _WIDTH = 56  # characters of parameters per equation
 
 
-def text(
-    name: str, paths: Sequence[str], jaxpr: _jax.ClosedJaxpr, *, source: bool = False, lines: int | None = 200
-) -> str:
-    """A graph as text; see `Graph.text`.
-
-    Args:
-      name, paths, jaxpr: the graph's.
-      source: whether each equation shows the user's line that made it.
-      lines: fold the middle of a longer text; None shows all.
-    """
-    head, body = written(name, paths, jaxpr, Names(paths, jaxpr), source=source)
-    if lines is not None and len(body) > (lines := max(lines, 2)):
-        folded = f"  … {len(body) - lines} lines folded; text(lines=None) shows all …"
-        body = [*body[: lines // 2], folded, *body[len(body) - (lines - lines // 2) :]]
-    return "\n".join([*head, *body])
-
-
-def written(
-    name: str, paths: Sequence[str], jaxpr: _jax.ClosedJaxpr, names: Names, *, source: bool = False
-) -> tuple[list[str], list[str]]:
-    """The lines of a graph's head and of its equations, with variables called as `names` says."""
-    inner = jaxpr.jaxpr
-    inputs = ", ".join(f"{p}: {short(v.aval)}" for p, v in zip(paths, inner.invars, strict=True))
-    head = [f"{name}({inputs})"]
-    if inner.constvars:
-        head.append("  closed over " + ", ".join(f"{names(v)}:{short(v.aval)}" for v in inner.constvars))
-    return head, list(_rows(inner, names, source, "  "))
+def graph_lines(graph: Any, names: Names, source: bool = False) -> tuple[list[str], list[str]]:
+    """The lines of a Graph's head and of its equations; see `Graph.text`."""
+    jaxpr = graph.jaxpr.jaxpr
+    inputs = ", ".join(f"{path}: {short(v.aval)}" for path, v in zip(graph.paths, jaxpr.invars, strict=True))
+    head = [f"{graph.name}({inputs})"]
+    if jaxpr.constvars:
+        head.append(f"  closed over {_typed(jaxpr.constvars, names)}")
+    return head, list(_lines(jaxpr, names, source, "  "))
 
 
 class Names:
-    """Names for variables: inputs by their paths, others in order of appearance: a, b, …, z, aa, ab, …"""
+    """Names for the variables of a Graph: inputs by their paths, others in order of appearance: a, b, …, z, aa, ab, …
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        jaxpr: _jax.ClosedJaxpr,
-        known: Mapping[Any, str] | None = None,
-        taken: Iterable[str] = (),
-    ) -> None:
-        self.known: dict[Any, str] = {**(known or {}), **dict(zip(jaxpr.jaxpr.invars, paths, strict=True))}
-        taken = {*taken, *self.known.values()}
+    Args:
+      by_variable: names that some variables have already.
+      reserved: names that no other variable may get.
+    """
+
+    def __init__(self, graph: Any, by_variable: Mapping[Any, str] | None = None, reserved: Iterable[str] = ()):
+        inputs = dict(zip(graph.jaxpr.jaxpr.invars, graph.paths, strict=True))
+        self.by_variable: dict[Any, str] = {**(by_variable or {}), **inputs}
+        used = {*reserved, *self.by_variable.values()}
         words = ("".join(w) for n in itertools.count(1) for w in itertools.product(string.ascii_lowercase, repeat=n))
-        self.fresh = (word for word in words if word not in taken)
+        self.unused = (word for word in words if word not in used)
 
     def __call__(self, atom) -> str:
-        """The name of a variable, which it keeps; of a literal the number, or its type."""
+        """The name of a variable, the same at every call; the number of a scalar literal, the type of others."""
         if isinstance(atom, _jax.Literal):
             return f"{atom.val}" if getattr(atom.val, "ndim", 0) == 0 else short(atom.aval)
         if _jax.dropped(atom):
             return "_"
-        if atom not in self.known:
-            self.known[atom] = next(self.fresh)
-        return self.known[atom]
+        if atom not in self.by_variable:
+            self.by_variable[atom] = next(self.unused)
+        return self.by_variable[atom]
 
 
-def _rows(jaxpr: _jax.Jaxpr, names: Names, source: bool, indent: str) -> Iterator[str]:
+def _typed(variables: Iterable[Any], names: Callable[[Any], str]) -> str:
+    return ", ".join(f"{names(v)}:{short(v.aval)}" for v in variables)
+
+
+def _lines(jaxpr: _jax.Jaxpr, names: Names, source: bool, indent: str) -> Iterator[str]:
     open_scopes: list[str] = []
     for eqn in jaxpr.eqns:
         scopes = _split(_jax.scope_of(eqn))
-        kept = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(open_scopes, scopes, strict=False))))
-        for depth in range(kept, len(scopes)):
+        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(open_scopes, scopes, strict=False))))
+        for depth in range(shared, len(scopes)):
             yield f"{indent}{'  ' * depth}{scopes[depth]}:"
         open_scopes = scopes
-        inner = indent + "  " * len(scopes)
-        yield inner + equation(eqn, names) + (_where(eqn) if source else "")
+        margin = indent + "  " * len(scopes)
+        yield margin + equation(eqn, names) + (_source(eqn) if source else "")
         for body in subjaxprs.bodies(eqn):
             sub = body.jaxpr.jaxpr
-            inputs = ", ".join(f"{names(v)}:{short(v.aval)}" for v in [*sub.constvars, *sub.invars])
-            yield f"{inner}  {body.label}({inputs})"
-            yield from _rows(sub, names, source, inner + "    ")
+            yield f"{margin}  {body.label}({_typed([*sub.constvars, *sub.invars], names)})"
+            yield from _lines(sub, names, source, margin + "    ")
     yield f"{indent}return {', '.join(map(names, jaxpr.outvars)) or 'nothing'}"
 
 
@@ -99,14 +83,16 @@ def equation(eqn, names: Callable[[Any], str]) -> str:
     """An equation in one line, as "a:f32[8] = mul x 2.0"."""
     inputs = " ".join(map(names, eqn.invars))
     outputs = " ".join(f"{names(v)}:{short(v.aval)}" for v in eqn.outvars)
-    shown = ", ".join(f"{k}={_value(v)}" for k, v in eqn.params.items() if k not in _HIDDEN and _worth_showing(v))
-    shown = shown if len(shown) <= _WIDTH else shown[: _WIDTH - 1] + "…"
-    return f"{outputs + ' = ' if outputs else ''}{eqn.primitive.name}{f'[{shown}]' if shown else ''} {inputs}".rstrip()
+    params = ", ".join(f"{k}={_value(v)}" for k, v in eqn.params.items() if k not in _HIDDEN and _is_shown(v))
+    params = params if len(params) <= _WIDTH else params[: _WIDTH - 1] + "…"
+    return (
+        f"{outputs + ' = ' if outputs else ''}{eqn.primitive.name}{f'[{params}]' if params else ''} {inputs}".rstrip()
+    )
 
 
-def _worth_showing(value) -> bool:
-    trivial = value is None or value is False or (isinstance(value, tuple) and all(v is False for v in value))
-    return not trivial and not callable(value)
+def _is_shown(value) -> bool:
+    is_default = value is None or value is False or (isinstance(value, tuple) and all(v is False for v in value))
+    return not is_default and not callable(value)
 
 
 def _value(value) -> str:
@@ -120,7 +106,7 @@ def short(aval) -> str:
     return aval.str_short(short_dtypes=True)
 
 
-def _where(eqn) -> str:
+def _source(eqn) -> str:
     return "".join(
         f"  # {os.path.basename(file)}:{line} ({function})" for file, line, function in _jax.source_lines(eqn)
     )

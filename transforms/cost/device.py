@@ -1,7 +1,4 @@
-"""`machine`: how fast this machine multiplies matrices and copies memory; what bounds a piece of work by these.
-
-`cache_bytes`: how much of it a CPU holds near.
-"""
+"""`machine`: the measured FLOP/s and bytes/s of a device, and the roofline. `cache_bytes`: the size of a CPU's fast caches."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .formatting import bytes_in_words, count_in_words
+from .formatting import format_bytes, format_count
 from .operations import Work
 
 
 class Bound(NamedTuple):
-    """The least time that work takes on a machine, and what it is bound by."""
+    """The least seconds that work takes on a machine, and the resource that takes them."""
 
     seconds: float
     by: Literal["compute", "bandwidth"]
@@ -28,7 +25,7 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device can do.
+    """The speed of a device.
 
     Attributes:
       name: the kind of the device.
@@ -49,7 +46,7 @@ class Machine:
         return Bound(compute, "compute") if compute > bandwidth else Bound(bandwidth, "bandwidth")
 
     def __str__(self) -> str:
-        return f"{self.name}: {count_in_words(self.flops_per_s, 'FLOP/s')}, {bytes_in_words(self.bytes_per_s)}/s"
+        return f"{self.name}: {format_count(self.flops_per_s, 'FLOP/s')}, {format_bytes(self.bytes_per_s)}/s"
 
 
 def machine(dtype: Any = "float32", device: jax.Device | None = None) -> Machine:
@@ -69,42 +66,36 @@ def machine(dtype: Any = "float32", device: jax.Device | None = None) -> Machine
 
 @functools.cache
 def _measured(dtype: Any, device: Any, precision: Any) -> Machine:
-    # Of a size that keeps the device busy, and beyond the caches of a CPU.
+    # Sizes that keep the device busy, and exceed the caches of a CPU.
     n, size = (1024, 2**25) if device.platform == "cpu" else (8192, 2**28)
     with jax.default_device(device):
         a = jnp.full((n, n), 1 / n, dtype)
         x = jnp.zeros(size, jnp.float32)
-        product = _seconds(jax.jit(lambda b: a @ b), a)
-        copy = _seconds(jax.jit(jnp.negative, donate_argnums=0), x)  # in place: memory that is new costs more
-    return Machine(device.device_kind, 2 * n**3 / product, 2 * x.nbytes / copy)
+        product_s = _least_s(jax.jit(lambda b: a @ b), a, 5, 0.3)
+        copy_s = _least_s(jax.jit(jnp.negative, donate_argnums=0), x, 5, 0.3)  # in place: new memory costs more
+    return Machine(device.device_kind, 2 * n**3 / product_s, 2 * x.nbytes / copy_s)
 
 
 @functools.cache
 def cache_bytes() -> int:
-    """How much the CPU rewrites about as fast as it does 4 MiB: that, or 8, 16 or 32 MiB. Once per process, .05 s.
+    """The largest of 4, 8, 16 and 32 MiB that the CPU rewrites at over 60 % of the best speed. Once per process, 0.05 s.
 
-    It is measured: what a machine says of its caches includes what belongs to other cores, or other machines on it.
+    It is measured, since the sizes that a system reports include caches of other cores, and of other virtual machines.
     """
     speeds = {size: size / _rewriting_s(size) for size in (2**k for k in (22, 23, 24, 25))}
     return max(size for size, speed in speeds.items() if speed > 0.6 * max(speeds.values()))
 
 
 def _rewriting_s(size: int) -> float:
-    """The least time of several runs within 10 ms, of numpy, which needs no compiling."""
-    x = np.ones(size // 4, np.float32)
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < 0.01:
-        start = time.perf_counter()
-        np.negative(x, out=x)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    """Seconds to negate so many bytes in place, by NumPy, which compiles nothing."""
+    return _least_s(lambda x: np.negative(x, out=x), np.ones(size // 4, np.float32), 3, 0.01)
 
 
-def _seconds(f: Callable, x: Any) -> float:
-    """The least time of several runs in a row: what else the machine does only adds."""
+def _least_s(f: Callable, x: Any, runs: int, total_s: float) -> float:
+    """The least time of `x = f(x)`, of at least `runs` runs in `total_s` seconds: other processes only add to it."""
     x = jax.block_until_ready(f(x))
     times: list[float] = []
-    while len(times) < 5 or (sum(times) < 0.3 and len(times) < 100):
+    while len(times) < runs or (sum(times) < total_s and len(times) < 100):
         start = time.perf_counter()
         x = jax.block_until_ready(f(x))
         times.append(time.perf_counter() - start)

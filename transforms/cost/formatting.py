@@ -1,4 +1,4 @@
-"""Numbers in words and back, and rows in columns."""
+"""Bytes, counts and seconds as text, and `memory=` back to bytes."""
 
 from __future__ import annotations
 
@@ -13,51 +13,41 @@ from ..core.errors import OptionError
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def bytes_in_words(n: float) -> str:
+def format_bytes(n: float) -> str:
     """As "1.5 MiB"."""
     return _scaled(n, 1024, _UNITS)
 
 
-def bytes_of(memory: Any) -> int | float:
-    """What `memory=` says: a whole number of bytes, or a fraction, as a float, of what the default needs.
+def parse_bytes(memory: Any) -> int | float:
+    """The value of `memory=`: an int of bytes, or a float, the fraction of the temporaries of the program without a budget.
 
     Raises:
-      OptionError: it is no positive number of bytes, as 2**30, "1GiB" or "1.5 GB", and no percentage, as "50%".
+      OptionError: `memory` is no positive number of bytes, as 2**30, "1GiB" or "1.5 GB", and no percentage, as "50%".
 
-    >>> bytes_of("1.5KiB"), bytes_of(2000), bytes_of("50%")
+    >>> parse_bytes("1.5KiB"), parse_bytes(2000), parse_bytes("50%")
     (1536, 2000, 0.5)
     """
     if isinstance(memory, numbers.Integral) and not isinstance(memory, bool) and int(memory) > 0:
         return int(memory)
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTP]?i?B|%)\s*", memory) if isinstance(memory, str) else None
-    if found and (number := float(found[1])) > 0:
-        unit = found[2]
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTP]?i?B|%)\s*", memory) if isinstance(memory, str) else None
+    if match and (number := float(match[1])) > 0:
+        unit = match[2]
         if unit == "%":
             return number / 100
         exponent = "BKMGTP".index(unit[0].upper())
         return math.floor(number * (1024 if "i" in unit else 1000) ** exponent)
-    hint = 'a number of bytes, as 2**30 or "1GiB", or a part of what it takes without a budget, as "50%"'
+    hint = 'a number of bytes, as 2**30 or "1GiB", or a part of the bytes without a budget, as "50%"'
     raise OptionError(f"memory= cannot be {memory!r:.40}.", hint=hint)
 
 
-def count_in_words(n: float, unit: str = "") -> str:
+def format_count(n: float, unit: str = "") -> str:
     """As "1.5 G", with the unit behind: "1.5 GFLOP"."""
     return _scaled(n, 1000, tuple(f"{prefix}{unit}" for prefix in ("", "k", "M", "G", "T", "P", "E")))
 
 
-def seconds_in_words(t: float) -> str:
+def format_seconds(t: float) -> str:
     """As "1.5 ms"."""
     return _scaled(t * 1e9, 1000, ("ns", "µs", "ms", "s"))
-
-
-def rows_in_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """One line per row; all but the last `left` columns are aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = len(widths) - left
-    cells = lambda row: (
-        x.rjust(w) if k < right else x.ljust(w) for k, (x, w) in enumerate(zip(row, widths, strict=True))
-    )
-    return ["  ".join(cells(row)).rstrip() for row in rows]
 
 
 def _scaled(n: float, base: int, units: Sequence[str]) -> str:

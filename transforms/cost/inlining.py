@@ -1,8 +1,7 @@
-"""A graph as what runs: calls opened, loops and branches with how often they run.
+"""A graph as the equations that run: calls inlined, loops and branches with how often they run.
 
-A `Step` is an equation with the values that it reads and makes. What only calls (jit, remat, custom derivatives) is
-opened, and what only gives a value another shape is left out, so that a value is one object from where it is made to where it is
-last read.
+An `InlinedEqn` is an equation with the values that it reads and makes. Calls (jit, remat, custom derivatives) are replaced by
+their bodies, and views by their operands. So a value is one object from the equation that makes it to the last one that reads it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..while_loops.checkpointed import Kept
 from ..while_loops.schedule import evaluations
 from .operations import Work, is_view, nbytes, work
 
-CONSTANT, NUMBER = "constant", "number"  # what is closed over, and literals
+CONSTANT, NUMBER = "constant", "number"  # closed-over arrays, and literals
 Trips = Callable[[Any, Path], float | None]
 Weights = Callable[[Any, Path, int], Sequence[float] | None]
 
@@ -32,30 +31,33 @@ class Value:
 
     Attributes:
       aval, bytes: its type and size.
-      maker, path: the equation that made it, and where that lies.
-      argument: the path of an argument, CONSTANT or NUMBER.
-      whole: the value outside of a loop that it is at first, or is a slice of.
+      maker, path: the equation that made it, and the scopes of that.
+      argument: the path of an argument, CONSTANT or NUMBER; None for what an equation made.
+      whole: the value outside of a loop that it is in the first iteration, or is a slice of.
     """
 
     aval: Any
-    bytes: int
     maker: Any = None
     path: Path = ()
     argument: str | None = None
     whole: Value | None = None
+    bytes: int = field(init=False)
+
+    def __post_init__(self):
+        self.bytes = nbytes(self.aval)
 
 
 @dataclass(eq=False, slots=True)
 class Body:
-    """A sub-graph of a step.
+    """A sub-jaxpr of an equation.
 
     Attributes:
-      slices: inputs that have memory of their own; the others are values of the step.
-      shared: values that are made in it, in the memory of the step's results.
+      slices: inputs that have memory of their own; the others are values of the equation.
+      shared: values that it makes in the memory of the equation's results.
       copies: how many run at the same time.
     """
 
-    steps: list[Step]
+    steps: list[InlinedEqn]
     outputs: list[Value]
     slices: list[Value]
     shared: frozenset[Value]
@@ -63,10 +65,15 @@ class Body:
 
 
 @dataclass(eq=False, slots=True)
-class Step:
-    """An equation that runs `times` times at `path`. Its work, done once, is None where it is unknown, or that of its bodies.
+class InlinedEqn:
+    """An equation that runs.
 
-    `remat` is the outermost equation of a backward pass that computes it again, behind a barrier.
+    Attributes:
+      path: the scopes of the equation and of the calls around it.
+      times: how often it runs; a part of 1 in a branch.
+      work: of one run; None where it is unknown, or is that of its bodies.
+      kept_bytes: what a loop holds for its backward pass while it runs.
+      remat: the outermost equation of a backward pass that recomputes this one behind a barrier; None for others.
     """
 
     eqn: Any
@@ -76,13 +83,13 @@ class Step:
     makes: list[Value]
     work: Work | None = None
     bodies: list[Body] = field(default_factory=list)
-    kept_bytes: int = 0  # what it holds inside while it runs
+    kept_bytes: int = 0
     remat: Any = None
 
 
 @dataclass(frozen=True)
 class Branches:
-    """The work of each branch of a `cond`, run once, and the weight that each was given."""
+    """The work of one run of each branch of a `cond`, and the weight of each."""
 
     line: str | None
     path: Path
@@ -91,184 +98,184 @@ class Branches:
 
 
 @dataclass
-class Unfolding:
-    """How loops and branches count, and what was found on the way.
+class Inlining:
+    """How loops and branches count, and those that the program holds.
 
     Attributes:
       trips: how often a loop runs; None where it is not known, which counts as one trip.
       weights: how often each branch is taken, in parts of 1; None for the most expensive one alone.
+      loops: "scope/while" and source line of each loop, and its trips.
+      branches: those of each `cond`.
     """
 
     trips: Trips
     weights: Weights
-    loops: list[tuple[Any, Path]] = field(default_factory=list)
-    endless: list[tuple[Any, Path]] = field(default_factory=list)
+    loops: list[tuple[str, str | None, float | None]] = field(default_factory=list)
     branches: list[Branches] = field(default_factory=list)
 
-    def program(self, jaxpr: _jax.ClosedJaxpr, paths: Sequence[str]) -> tuple[list[Value], list[Step], list[Value]]:
-        """The arguments and constants of a graph, its steps, and its outputs."""
-        inner = jaxpr.jaxpr
-        inputs = list(map(_constant, inner.constvars))
-        inputs += [Value(v.aval, nbytes(v.aval), argument=p) for v, p in zip(inner.invars, paths, strict=True)]
-        return inputs, *self.unfolded(inner, inputs, (), 1)
+    def program(self, jaxpr: Any, paths: Sequence[str]) -> tuple[list[Value], list[InlinedEqn], list[Value]]:
+        """The constants and arguments of a graph's jaxpr, its equations, and its outputs."""
+        inputs = _constants(jaxpr)
+        inputs += [Value(v.aval, argument=path) for v, path in zip(jaxpr.invars, paths, strict=True)]
+        return inputs, *self.inlined(jaxpr, inputs, (), 1)
 
-    def unfolded(self, jaxpr: Any, inputs: Sequence[Value], path: Path, times: float) -> tuple[list[Step], list[Value]]:
-        """The steps and outputs of a jaxpr whose constants and inputs are `inputs`."""
-        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
-        value = lambda v: known[v] if isinstance(v, _jax.Var) else Value(v.aval, nbytes(v.aval), argument=NUMBER)
-        steps: list[Step] = []
+    def inlined(
+        self, jaxpr: Any, inputs: Sequence[Value], path: Path, times: float
+    ) -> tuple[list[InlinedEqn], list[Value]]:
+        """The equations and outputs of a jaxpr whose constants and inputs are `inputs`."""
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
+        read = lambda v: env[v] if isinstance(v, _jax.Var) else Value(v.aval, argument=NUMBER)
+        steps: list[InlinedEqn] = []
         for eqn in jaxpr.eqns:
-            path_of = joined(path, _jax.scopes(_jax.name_stack(eqn)))
-            reads = list(map(value, eqn.invars))
+            eqn_path = joined(path, _jax.scopes(_jax.name_stack(eqn)))
+            reads = list(map(read, eqn.invars))
             if is_view(eqn) or (eqn.primitive.name == "convert_element_type" and reads[0].argument == NUMBER):
                 makes = reads
             elif eqn.primitive.name in _CALLS:
                 body = subjaxprs.bodies(eqn)[0].jaxpr.jaxpr
-                inner, makes = self.unfolded(body, [*map(_constant, body.constvars), *reads], path_of, times)
+                body_steps, makes = self.inlined(body, [*_constants(body), *reads], eqn_path, times)
                 if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
-                    for step in inner:
+                    for step in body_steps:
                         step.remat = eqn
-                steps += inner
+                steps += body_steps
             else:
-                makes = [Value(v.aval, nbytes(v.aval), eqn, path_of) for v in eqn.outvars]
-                steps.append(self._step(eqn, path_of, times, reads, makes))
-            known.update(zip(eqn.outvars, makes, strict=False))
-        return steps, list(map(value, jaxpr.outvars))
+                makes = [Value(v.aval, eqn, eqn_path) for v in eqn.outvars]
+                steps.append(InlinedEqn(eqn, eqn_path, times, reads, makes))
+                self._add_work(steps[-1])
+            env.update(zip(eqn.outvars, makes, strict=False))
+        return steps, list(map(read, jaxpr.outvars))
 
-    def _step(self, eqn: Any, path: Path, times: float, reads: list[Value], makes: list[Value]) -> Step:
-        """An equation that is no call."""
-        name = eqn.primitive.name
-        step = Step(eqn, path, times, reads, makes)
-        bodies = [body.jaxpr for body in subjaxprs.bodies(eqn)]
-        # What each input of a body is, and what it is at first or is a part of.
-        given, wholes = (
-            (subjaxprs.invariant_operands(eqn, reads), subjaxprs.operands(eqn, reads)) if bodies else ([], [])
-        )
+    def _add_work(self, step: InlinedEqn) -> None:
+        """The work of an equation that is no call, or its bodies with how often they run."""
+        eqn, times = step.eqn, step.times
+        name, bodies = eqn.primitive.name, [body.jaxpr for body in subjaxprs.bodies(eqn)]
+        invariants, wholes = subjaxprs.invariant_operands(eqn, step.reads), subjaxprs.operands(eqn, step.reads)
         if name in subjaxprs.SWEEPS:
-            self._sweep(step)
+            self._add_sweep(step)
         elif name == "scan":
-            self._enter(step, bodies[0], times * eqn.params["length"], given[0], wholes[0])
-            for stacked, one in zip(makes, step.bodies[0].outputs, strict=True):  # is what was made inside
-                if one.maker is not None:
-                    stacked.maker, stacked.path = one.maker, one.path
+            self._add_body(step, bodies[0], times * eqn.params["length"], invariants[0], wholes[0])
+            for stacked, output in zip(step.makes, step.bodies[0].outputs, strict=True):
+                if output.maker is not None:
+                    stacked.maker, stacked.path = output.maker, output.path
         elif name in subjaxprs.LOOPS:
             trips = self._trips(step)
-            for body, n, inputs, parts in zip(bodies, (trips + 1, trips), given, wholes, strict=True):
-                self._enter(step, body, times * (1 if math.isnan(trips) else n), inputs, parts)
+            for k, runs in enumerate((1, 1) if math.isnan(trips) else (trips + 1, trips)):  # of condition and body
+                self._add_body(step, bodies[k], times * runs, invariants[k], wholes[k])
         elif name == "cond":
-            for body, inputs, parts in zip(bodies, given, wholes, strict=True):
-                self._enter(step, body, 1, inputs, parts)
+            for k, body in enumerate(bodies):
+                self._add_body(step, body, 1, invariants[k], wholes[k])
             self._weigh(step)
         elif name == "custom_linear_solve":
-            self._enter(step, eqn.params["jaxprs"].solve, times)
+            self._add_body(step, eqn.params["jaxprs"].solve, times)
         elif name == "shard_map":
-            sizes = eqn.params["mesh"].shape
-            shards = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
-            self._enter(step, bodies[0], times * shards, given[0], wholes[0], shards)
+            shards = math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
+            self._add_body(step, bodies[0], times * shards, invariants[0], wholes[0], shards)
         else:
             step.work = work(eqn)
-        return step
 
-    def _enter(
+    def _add_body(
         self,
-        step: Step,
-        jaxpr: Any,
+        step: InlinedEqn,
+        closed_jaxpr: Any,
         times: float,
-        given: Sequence[Value | None] = (),
+        invariants: Sequence[Value | None] = (),
         wholes: Sequence[Value | None] = (),
         copies: int = 1,
     ) -> None:
-        """Add a sub-graph to a step; `given` are values of the step among its inputs, `wholes` what these are parts of."""
-        inner, name = jaxpr.jaxpr, step.eqn.primitive.name
-        inputs = []
-        for v, outer, whole in itertools.zip_longest(inner.invars, given, wholes):
-            part = Value(v.aval, nbytes(v.aval), step.eqn, step.path, whole=whole and (whole.whole or whole))
-            inputs.append(outer or part)
+        """Add a sub-jaxpr to an equation.
+
+        Args:
+          invariants: for each input the value of the equation that it always is; None for others.
+          wholes: for each input the value that it is at first, or is a slice of; None for none.
+        """
+        jaxpr, name = closed_jaxpr.jaxpr, step.eqn.primitive.name
+        inputs = [
+            invariant or Value(v.aval, step.eqn, step.path, whole=whole and (whole.whole or whole))
+            for v, invariant, whole in itertools.zip_longest(jaxpr.invars, invariants, wholes)
+        ]
         slices = inputs[len(inputs) - subjaxprs.scan_sizes(step.eqn)[2] :] if name == "scan" else []
-        steps, outputs = self.unfolded(inner, [*map(_constant, inner.constvars), *inputs], step.path, times)
+        steps, outputs = self.inlined(jaxpr, [*_constants(jaxpr), *inputs], step.path, times)
         shared = () if name == "scan" or name in subjaxprs.LOOPS else outputs
         step.bodies.append(Body(steps, outputs, slices, frozenset(shared), copies))
 
-    def _trips(self, step: Step) -> float:
-        """How often a loop runs; NaN where nobody knows."""
+    def _trips(self, step: InlinedEqn) -> float:
+        """How often a loop runs; NaN where that is unknown."""
         trips = self.trips(step.eqn, step.path)
-        self.loops.append((step.eqn, step.path))
-        if trips is None:
-            self.endless.append((step.eqn, step.path))
+        self.loops.append(("/".join((*step.path, step.eqn.primitive.name)), _jax.line_of(step.eqn), trips))
         return math.nan if trips is None else trips
 
-    def _weigh(self, step: Step) -> None:
-        """How much each branch of a `cond` counts."""
-        each = [total(body.steps) for body in step.bodies]
+    def _weigh(self, step: InlinedEqn) -> None:
+        """Multiply the runs of each branch of a `cond` by its weight."""
+        works = [total(body.steps) for body in step.bodies]
+        weights: Sequence[float] | None = None
         platforms = step.eqn.params.get("branches_platforms")
         if platforms:  # JAX takes the first that fits where it compiles
-            chosen = next(k for k, p in enumerate(platforms) if p is None or jax.default_backend() in p)
-            weights: Sequence[float] = [int(k == chosen) for k in range(len(each))]
+            taken = next(k for k, p in enumerate(platforms) if p is None or jax.default_backend() in p)
         else:
-            most = max(range(len(each)), key=lambda k: (each[k].flops, each[k].transcendentals, each[k].bytes))
-            told = self.weights(step.eqn, step.path, len(each))
-            weights = [int(k == most) for k in range(len(each))] if told is None else told
+            taken = max(range(len(works)), key=lambda k: (works[k].flops, works[k].transcendentals, works[k].bytes))
+            weights = self.weights(step.eqn, step.path, len(works))
+        if weights is None:
+            weights = [int(k == taken) for k in range(len(works))]
         for body, weight in zip(step.bodies, weights, strict=True):
             _scale(body.steps, step.times * weight)
-        self.branches.append(Branches(_jax.line_of(step.eqn), step.path, tuple(each), tuple(weights)))
+        self.branches.append(Branches(_jax.line_of(step.eqn), step.path, tuple(works), tuple(weights)))
 
-    def _sweep(self, step: Step) -> None:
-        """A loop of ours, forward, back or both: how often each of its parts runs, as `loops.driver` does it.
+    def _add_sweep(self, step: InlinedEqn) -> None:
+        """The parts of a differentiated loop, forward, back or both, with how often `while_loops` runs each.
 
         A trip of a loop of unknown length counts as one of a long loop: a step forward, and again with residuals before its pull.
         """
-        p, name = step.eqn.params, step.eqn.primitive.name
-        sweep = p["sweep"].jvp(p["flags"]) if name == "tangent" else p["sweep"]
-        is_forward, is_back = not p.get("is_kept", False), name != "forward" and sweep.sizes[2] > 0
+        params, name = step.eqn.params, step.eqn.primitive.name
+        sweep = params["sweep"].jvp(params["flags"]) if name == "tangent" else params["sweep"]
+        is_forward, is_back = not params.get("is_kept", False), name != "forward" and sweep.sizes[2] > 0
         n, size = self._trips(step), sweep.loops.residual_steps
-        taped, again = 0.0, 1.0  # steps with residuals in the first run, and steps computed again
+        first_leaves, recomputed = 0.0, 1.0  # steps with residuals in the first run, and steps that run once more
         if math.isnan(n):
             n = 1.0
         else:
-            taped = min(n, size) if size > 1 and (is_back or name == "forward") else 0.0
-            again = max(evaluations(math.ceil(n), sweep.loops) - n, 0.0)
-        leaves_again = n if again else 0.0
-        counts = {
+            first_leaves = min(n, size) if size > 1 and (is_back or name == "forward") else 0.0
+            recomputed = max(evaluations(math.ceil(n), sweep.loops) - n, 0.0)
+        later_leaves = n if recomputed else 0.0
+        runs = {
             "hoist": 1.0,
             "cond": n * is_forward,
-            "step": (n - taped) * is_forward + (again - leaves_again) * is_back,
-            "leaf": taped * is_forward + leaves_again * is_back,
+            "step": (n - first_leaves) * is_forward + (recomputed - later_leaves) * is_back,
+            "leaf": first_leaves * is_forward + later_leaves * is_back,
             "pull": n * is_back,
         }
-        for part, count in counts.items():
-            self._enter(step, getattr(sweep, part), step.times * count, step.reads[: p["sweep"].sizes[0]])
+        for part, count in runs.items():
+            self._add_body(step, getattr(sweep, part), step.times * count, step.reads[: params["sweep"].sizes[0]])
         if is_back and is_forward:
             step.kept_bytes = sum(map(nbytes, jax.tree.leaves(Kept.avals(sweep))))
 
 
-def total(steps: Sequence[Step]) -> Work:
-    """The work of steps, as often as they run; what is unknown is none."""
-    return Work.sum(s.work.times(s.times) for s in leaves(steps) if s.work)
+def total(steps: Sequence[InlinedEqn]) -> Work:
+    """The work of all runs of all equations; unknown work is left out."""
+    return Work.sum(step.work.times(step.times) for step in leaves(steps) if step.work)
 
 
-def leaves(steps: Sequence[Step]) -> Iterator[Step]:
-    """The steps at any depth that are not loops or branches themselves."""
+def leaves(steps: Sequence[InlinedEqn]) -> Iterator[InlinedEqn]:
+    """The equations without bodies, at any depth."""
     for step in steps:
-        if step.bodies:
-            for body in step.bodies:
-                yield from leaves(body.steps)
-        else:
+        if not step.bodies:
             yield step
+        for body in step.bodies:
+            yield from leaves(body.steps)
 
 
-def _scale(steps: Sequence[Step], weight: float) -> None:
+def _scale(steps: Sequence[InlinedEqn], weight: float) -> None:
     for step in steps:
         step.times *= weight
         for body in step.bodies:
             _scale(body.steps, weight)
 
 
-# Primitives that run their one sub-graph once, with their own operands.
+# Primitives that run their one sub-jaxpr once, with their own operands.
 _CALLS = frozenset(
     {"jit", "remat2", "closed_call", "call", "eval_jaxpr", "composite", "custom_vmap_call", "compute_on"}
 )
 _CALLS |= subjaxprs.WITH_DERIVATIVES
 
 
-def _constant(v: Any) -> Value:
-    return Value(v.aval, nbytes(v.aval), argument=CONSTANT)
+def _constants(jaxpr: Any) -> list[Value]:
+    return [Value(v.aval, argument=CONSTANT) for v in jaxpr.constvars]

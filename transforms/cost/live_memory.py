@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..core import _jax
-from .formatting import bytes_in_words, rows_in_columns
-from .inlining import Step, Value
+from ..core.report import Report, Result, Table
+from .formatting import format_bytes
+from .inlining import InlinedEqn, Value
 
 
 class Moment(NamedTuple):
@@ -43,7 +44,7 @@ class Owner:
 
 
 @dataclass(frozen=True, repr=False)
-class Timeline:
+class Timeline(Result):
     """The live bytes of a program over its equations. Its text shows the curve, and what is alive at the peak.
 
     Attributes:
@@ -60,30 +61,27 @@ class Timeline:
     argument_bytes: int
 
     def __repr__(self) -> str:
-        return f"Timeline(peak {bytes_in_words(self.peak.live_bytes)} at {self.peak.scope or self.peak.primitive})"
+        return f"Timeline(peak {format_bytes(self.peak.live_bytes)} at {self.peak.scope or self.peak.primitive})"
 
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, *, lines: int = 12) -> str:
+    def report(self, *, lines: int = 12) -> Report:
         """The curve as one line, the peak, and the `lines` largest of its owners."""
         peak, count = self.peak, len(self.live_bytes)
         where = "/".join(filter(None, (peak.scope, peak.primitive)))
         head = [
-            f"peak {bytes_in_words(peak.live_bytes)} at equation {self.peak_at + 1} of {count}: {where}",
+            f"peak {format_bytes(peak.live_bytes)} at equation {self.peak_at + 1} of {count}: {where}",
             f"  {peak.line or ''}".rstrip(),
-            f"arguments {bytes_in_words(self.argument_bytes)}",
+            f"arguments {format_bytes(self.argument_bytes)}",
             _curve(self.live_bytes),
         ]
-        rows = [(bytes_in_words(o.bytes), o.type, o.path, o.line or "") for o in self.owners[:lines]]
+        rows = [(format_bytes(o.bytes), o.type, o.path, o.line or "") for o in self.owners[:lines]]
         if rest := self.owners[lines:]:
-            rows.append((bytes_in_words(sum(o.bytes for o in rest)), "", f"{len(rest)} more", ""))
-        return "\n".join(filter(None, [*head, *rows_in_columns([("bytes", "type", "path", "line"), *rows])]))
+            rows.append((format_bytes(sum(o.bytes for o in rest)), "", f"{len(rest)} more", ""))
+        return Report((*filter(None, head), Table(rows, ("bytes", "type", "path", "line"), ">")))
 
 
-def simulated(inputs: Sequence[Value], steps: Sequence[Step], outputs: Sequence[Value]) -> Timeline:
+def simulated(inputs: Sequence[Value], steps: Sequence[InlinedEqn], outputs: Sequence[Value]) -> Timeline:
     """The timeline of a program."""
-    moments: list[tuple[int, Step | None, _Chain]] = []
+    moments: list[tuple[int, InlinedEqn | None, _Chain]] = []
     run = _Run(list(steps), outputs, list(inputs), frozenset(), 1)
     argument_bytes = sum(v.bytes for v in run.inputs)
     _simulate(run, 0, (), moments)
@@ -107,7 +105,12 @@ class _Run:
     """Steps that run one after the other, and when their values are alive."""
 
     def __init__(
-        self, steps: list[Step], outputs: Sequence[Value], inputs: list[Value], shared: frozenset[Value], copies: int
+        self,
+        steps: list[InlinedEqn],
+        outputs: Sequence[Value],
+        inputs: list[Value],
+        shared: frozenset[Value],
+        copies: int,
     ):
         self.steps, self.inputs, self.copies = steps, inputs, copies
         self.born = dict.fromkeys(inputs, 0)
@@ -125,7 +128,7 @@ class _Run:
 _Chain = tuple[tuple[_Run, int], ...]
 
 
-def _simulate(run: _Run, base: int, chain: _Chain, moments: list[tuple[int, Step | None, _Chain]]) -> None:
+def _simulate(run: _Run, base: int, chain: _Chain, moments: list[tuple[int, InlinedEqn | None, _Chain]]) -> None:
     """Append the moments of a run, which come on top of `base` bytes."""
     begin, end = [0] * (len(run.steps) + 1), [0] * (len(run.steps) + 2)
     for v, k in run.born.items():
@@ -148,7 +151,7 @@ def _owner(v: Value, copies: int) -> Owner:
     return Owner("/".join((*v.path, v.maker.primitive.name)), kind, v.bytes * copies, _jax.line_of(v.maker))
 
 
-def _inside(step: Step) -> Owner:
+def _inside(step: InlinedEqn) -> Owner:
     """What a loop keeps for its own way back."""
     return Owner(
         "/".join((*step.path, step.eqn.primitive.name)), "checkpoints", step.kept_bytes, _jax.line_of(step.eqn)

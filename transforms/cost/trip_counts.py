@@ -20,7 +20,7 @@ from ..while_loops.adjoint import call
 from ..while_loops.primitives import forward_p, loop_p, sweep_p, tangent_p
 
 
-class Told:
+class ByScope:
     """What the user says of loops or branches: one answer for all, or by scope pattern, the first that matches."""
 
     def __init__(self, name: str, answers: Any):

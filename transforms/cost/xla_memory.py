@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from .backends import MOVES, REDUCTIONS, Backend
-from .inlining import NUMBER, Step, Value
+from .inlining import NUMBER, InlinedEqn, Value
 from .library_calls import is_moved, order_of, workspace_bytes
 
 _IN_PLACE = {
@@ -44,12 +44,12 @@ _IN_PLACE = {
 _BROADCAST, _COPY = "broadcast_in_dim", "transpose"
 
 
-def temp_bytes(steps: Sequence[Step], outputs: Sequence[Value], backend: Backend) -> int:
+def temp_bytes(steps: Sequence[InlinedEqn], outputs: Sequence[Value], backend: Backend) -> int:
     """The most bytes that the temporaries of a program hold at a time."""
     return _Program(steps, outputs, backend).temp_bytes(is_inner=False)
 
 
-def materialised(steps: Sequence[Step], outputs: Sequence[Value], backend: Backend) -> set[int]:
+def materialised(steps: Sequence[InlinedEqn], outputs: Sequence[Value], backend: Backend) -> set[int]:
     """The ids of the equations whose results have memory of their own."""
     return {id(k.step.eqn) for k in _Program(steps, outputs, backend).kernels if k.step and k.is_materialised}
 
@@ -72,7 +72,7 @@ class Kernel:
     bytes: int
     count: int
     reads: list[Kernel]
-    step: Step | None = None
+    step: InlinedEqn | None = None
     remat: Any = None
     is_cheap: bool = False
     is_elementwise: bool = False
@@ -101,7 +101,7 @@ class Kernel:
 class _Program:
     """Steps as kernels."""
 
-    def __init__(self, steps: Sequence[Step], outputs: Sequence[Value], backend: Backend):
+    def __init__(self, steps: Sequence[InlinedEqn], outputs: Sequence[Value], backend: Backend):
         self.backend = backend
         self.kernels: list[Kernel] = []
         self.of: dict[Value, Kernel] = {}
@@ -117,7 +117,7 @@ class _Program:
 
     # ------------------------------------------------------------------------------------------------ kernels
 
-    def _add(self, step: Step) -> None:
+    def _add(self, step: InlinedEqn) -> None:
         """The kernels of a step; none, if the same is computed before it."""
         name, eqn, backend = step.eqn.primitive.name, step.eqn, self.backend
         same = _returned(step)
@@ -147,7 +147,7 @@ class _Program:
         self.kernels.append(kernel)
         return kernel
 
-    def _operand(self, step: Step, k: int, is_elementwise: bool) -> Any:
+    def _operand(self, step: InlinedEqn, k: int, is_elementwise: bool) -> Any:
         """The kernel that makes an operand as the step takes it, or what identifies the argument or number that it is."""
         v, atom = step.reads[k], step.eqn.invars[k]
         source: Any = self.of.get(v, v)
@@ -164,7 +164,7 @@ class _Program:
         return source
 
     def _moved(
-        self, name: str, source: Any, dtype: Any, step: Step, shape: tuple[int, ...], order: Any = None
+        self, name: str, source: Any, dtype: Any, step: InlinedEqn, shape: tuple[int, ...], order: Any = None
     ) -> Kernel:
         """A copy in another order of axes, or a broadcast to `shape`; one for all that read it."""
         remat = step.remat if self.backend.has_barriers else None
@@ -376,7 +376,7 @@ def _count(aval: Any) -> int:
     return math.prod(getattr(aval, "shape", ()))
 
 
-def _returned(step: Step) -> Value | None:
+def _returned(step: InlinedEqn) -> Value | None:
     """The operand that a step returns as it is, if it does: with an axis of size 1, or its maximum with -inf."""
     name, eqn = step.eqn.primitive.name, step.eqn
     if name == _BROADCAST and step.reads[0].argument != NUMBER and step.reads[0].bytes == step.makes[0].bytes:

@@ -15,8 +15,9 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from ..core import _jax, subjaxprs
 from ..core.errors import ArgumentError
 from ..core.passes import driven
+from ..core.report import Report, Result, Table
 from ..core.scope_paths import BACKWARD
-from ..core.signatures import described, name_of
+from ..core.signatures import name_of, named_leaves
 from .backtracking import Level, Made, Note, Spot, at, called_from, first_bad, walk
 from .dependencies import is_inexact
 from .lane_tracing import told_by_tracing
@@ -67,7 +68,7 @@ class Elements:
 
 
 @dataclass(frozen=True, repr=False)
-class NanOrigin:
+class NanOrigin(Result):
     """What first made an element of a result NaN, or infinite.
 
     Attributes:
@@ -109,7 +110,7 @@ class NanOrigin:
         """Of the element in the operation's result."""
         return self.result.indices[0]
 
-    def __str__(self) -> str:
+    def report(self) -> Report:
         """A headline, and a row for each thing that is known."""
         derivative = f", in the derivative of {self.derivative_of}" if self.derivative_of else ""
         is_held = self.argument or not self.primitive
@@ -128,7 +129,7 @@ class NanOrigin:
             ("try", self.remedy),
         ]
         head = f"{self.function} returned {self.output_kind} at {self.output}: {cause}"
-        return "\n".join([head, *(f"  {label:<9} {text}" for label, text in rows if text)])
+        return Report((head, Table([(label, text) for label, text in rows if text])))
 
     def __repr__(self) -> str:
         made = f"{self.primitive} at {self.line}" if self.primitive else "a constant"
@@ -185,7 +186,7 @@ def _found(f: Callable, args: tuple, kwargs: dict) -> NanOrigin | None:
     if not bad:
         return None
     path, value, index = min(bad, key=lambda found: _kind(at(*found[1:])) != "nan")
-    arguments = list(zip(*described(args, kwargs, _jax.signature_of(f)), strict=True))
+    arguments = list(zip(*named_leaves(args, kwargs, _jax.signature_of(f)), strict=True))
     spot, made = walk(Spot(level, value, index))
     output = f"result{keystr(path)}{list(index) if index else ''}"
     origin = _described(spot, made, arguments, name_of(f), output, _kind(at(value, index)))

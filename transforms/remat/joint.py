@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ..core import _jax, subjaxprs
 from ..core.passes import Pass, bind, run
 from ..cost.backends import Backend
-from ..cost.inlining import Unfolding, Value, total
+from ..cost.inlining import Inlining, Value, total
 from ..cost.library_calls import copied_bytes, workspace_bytes
 from ..cost.operations import Work, nbytes
 from ..cost.xla_memory import materialised, temp_bytes
@@ -314,16 +314,14 @@ class _Alone(NamedTuple):
     outvars: Sequence[Any] = ()
 
 
-def _unfolding() -> Unfolding:
-    return Unfolding(lambda eqn, path: None, lambda eqn, path, count: None)
+def _inlining() -> Inlining:
+    return Inlining(lambda eqn, path: None, lambda eqn, path, count: None)
 
 
 def _work(eqn: Any, backend: Backend) -> tuple[Work, int]:
     """The work of an equation, and the bytes that it needs inside: of its bodies, of copies of its operands, to work in."""
     read = _read(eqn)
-    steps, results = _unfolding().unfolded(
-        _Alone([eqn], read, outvars=eqn.outvars), [_argument(v) for v in read], (), 1
-    )
+    steps, results = _inlining().inlined(_Alone([eqn], read, outvars=eqn.outvars), [_argument(v) for v in read], (), 1)
     if subjaxprs.has_bodies(eqn.primitive):
         return total(steps), temp_bytes(steps, results, backend)
     return total(steps), copied_bytes(eqn, backend) + workspace_bytes(eqn, backend)
@@ -331,13 +329,13 @@ def _work(eqn: Any, backend: Backend) -> tuple[Work, int]:
 
 def _with_memory(jaxpr: _jax.Jaxpr, backend: Backend) -> set[int]:
     """The ids of the equations whose results have memory; of those that hold functions, all."""
-    steps, results = _unfolding().unfolded(jaxpr, [_argument(v) for v in jaxpr.invars], (), 1)
+    steps, results = _inlining().inlined(jaxpr, [_argument(v) for v in jaxpr.invars], (), 1)
     opened = {id(eqn) for eqn in jaxpr.eqns if subjaxprs.has_bodies(eqn.primitive)}
     return materialised(steps, results, backend) | opened
 
 
 def _argument(v: Any) -> Value:
-    return Value(v.aval, nbytes(v.aval), argument="")
+    return Value(v.aval, argument="")
 
 
 def _read(eqn: Any) -> list[Any]:

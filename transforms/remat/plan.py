@@ -16,9 +16,10 @@ from jax.tree_util import tree_flatten
 from ..core import _jax
 from ..core.errors import ArgumentError, BudgetError, location
 from ..core.graph import Graph, trace
+from ..core.report import Report, Result, Table
 from ..core.scope_paths import BACKWARD, maker
 from ..core.signatures import name_of
-from ..cost.formatting import bytes_in_words, bytes_of, count_in_words, rows_in_columns
+from ..cost.formatting import format_bytes, format_count, parse_bytes
 from ..cost.operations import nbytes
 from ..cost.table import cost
 from ..while_loops.schedule import Loops
@@ -45,7 +46,7 @@ class Part:
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Result):
     """A derivative within a budget.
 
     Attributes:
@@ -78,29 +79,25 @@ class Plan:
         return self.flops / self.default_flops - 1 if self.default_flops else 0.0
 
     def __repr__(self) -> str:
-        return f"Plan({self.name}, {bytes_in_words(self.compiled_bytes)}, FLOPs {self.extra_flops:+.1%})"
+        return f"Plan({self.name}, {format_bytes(self.compiled_bytes)}, FLOPs {self.extra_flops:+.1%})"
 
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, *, lines: int = 12) -> str:
+    def report(self, *, lines: int = 12) -> Report:
         """The bytes and FLOPs, and the `lines` largest of what is saved and of what is computed again."""
-        words = bytes_in_words
-        head = [
-            f"{self.name} within {words(self.limit_bytes)} of temporaries",
-            f"  compiled   {words(self.compiled_bytes)}, predicted {words(self.predicted_bytes)}, "
-            f"without a budget {words(self.default_bytes)}",
-            f"  FLOPs      {count_in_words(self.flops)}, {self.extra_flops:+.1%}",
-            f"  compiles   {self.compiles}",
+        budget, default = format_bytes(self.limit_bytes), format_bytes(self.default_bytes)
+        compiled, predicted = format_bytes(self.compiled_bytes), format_bytes(self.predicted_bytes)
+        totals = [
+            ("compiled", f"{compiled}, predicted {predicted}, without a budget {default}"),
+            ("FLOPs", f"{format_count(self.flops)}, {self.extra_flops:+.1%}"),
+            ("compiles", f"{self.compiles}"),
         ]
-        kept = [(words(p.bytes), f"{p.values}", p.where) for p in self.saved]
-        again = [(count_in_words(p.flops), f"{p.values}", p.where) for p in self.recomputed]
-        for title, unit, rows in (("saved", "bytes", kept), ("computed again", "FLOPs", again)):
-            if rows:
-                table = rows_in_columns([(unit, "values", "where"), *rows[:lines]])
-                more = [f"  and {len(rows) - lines} more"] * (len(rows) > lines)
-                head += [title, *(f"  {row}" for row in table), *more]
-        return "\n".join(head)
+        saved = [(format_bytes(p.bytes), f"{p.values}", p.where) for p in self.saved]
+        recomputed = [(format_count(p.flops), f"{p.values}", p.where) for p in self.recomputed]
+        parts = (
+            Table(saved, ("bytes", "values", "where"), ">>", "saved", lines),
+            Table(recomputed, ("FLOPs", "values", "where"), ">>", "computed again", lines),
+        )
+        head = f"{self.name} within {budget} of temporaries"
+        return Report((head, Table(totals), *(table for table in parts if table.rows)))
 
 
 def budgeted(transform: Callable, f: Callable, *, options: dict, loops: Loops | None, memory: Any) -> Callable:
@@ -108,7 +105,7 @@ def budgeted(transform: Callable, f: Callable, *, options: dict, loops: Loops | 
 
     What is planned is kept, by the types of the arguments and the values of those that are not traced.
     """
-    limit = bytes_of(memory)
+    limit = parse_bytes(memory)
     known: dict[Any, Planner] = {}
 
     def derived(*args, **kwargs):
@@ -124,7 +121,7 @@ def planned(
     """What `budgeted` does at a call; `args` and `kwargs` may be types."""
     from .program import AGAIN, Emission
 
-    limit = bytes_of(memory)
+    limit = parse_bytes(memory)
     planner, values = _planner(transform, f, args, kwargs, options, loops, {})
     chosen, compiles = _answer(planner, f, limit)
     graph, default = (trace(lambda *values, c=c: planner.run(c, values), *values) for c in (chosen, planner.default))
@@ -197,10 +194,10 @@ def _answer(planner: Planner, f: Callable, limit: int | float) -> tuple[Candidat
     if chosen is None:
         smallest = planner.smallest_bytes
         error = BudgetError(
-            f"{planner.transform.__name__} of {name_of(f)} needs more than {bytes_in_words(limit)} of temporaries: "
-            f"the smallest program that is always found takes {bytes_in_words(smallest)}.",
+            f"{planner.transform.__name__} of {name_of(f)} needs more than {format_bytes(limit)} of temporaries: "
+            f"the smallest program that is always found takes {format_bytes(smallest)}.",
             at=location(f),
-            inputs=f"without a budget {bytes_in_words(planner.default.bytes)}; {len(planner.candidates)} programs were compiled",
+            inputs=f"without a budget {format_bytes(planner.default.bytes)}; {len(planner.candidates)} programs were compiled",
             hint=f"memory={smallest}, a smaller batch, or parts of it one after the other{_shard_maps(planner)}",
         )
         error.smallest = smallest

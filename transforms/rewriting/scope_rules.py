@@ -22,7 +22,7 @@ from ..core.graph import Graph
 from ..core.passes import Pass, bind, run
 from ..core.rules import checked
 from ..core.scope_paths import Path, entered, is_within, joined
-from ..core.signatures import described, name_of
+from ..core.signatures import name_of, named_leaves
 
 
 def scoped(f: Callable, rules: Mapping[str, Callable]) -> Callable:
@@ -77,7 +77,7 @@ def _traced(f: Callable, args: tuple, kwargs: dict) -> tuple[_jax.ClosedJaxpr, l
         return f.jaxpr, f.leaves(*args, **kwargs), list(f.paths), lambda outputs: tree_unflatten(f.out_tree, outputs)
     is_array = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic)
     leaves, tree = tree_flatten((args, kwargs))
-    paths, _ = described(args, kwargs, _jax.signature_of(f))
+    paths, _ = named_leaves(args, kwargs, _jax.signature_of(f))
     arrays = [k for k, x in enumerate(leaves) if is_array(x)]
     made: list[Any] = []
 

@@ -489,12 +489,12 @@ def test_the_log_in_words():
     )
     assert str(log) == (
         "2,000 steps in 12.5 s, 2.5 s of it compiling\n"
-        "  speed   200 steps/s; 3.1% of the time waiting for batches\n"
-        "  chunk   8; a step took, by chunk, 1: 5.2 ms, 8: 4.87 ms\n"
-        "  loss    2.5 → 0.125\n"
-        "  ended   all steps done"
+        "  speed  200 steps/s; 3.1% of the time waiting for batches\n"
+        "  chunk  8; a step took, by chunk, 1: 5.2 ms, 8: 4.87 ms\n"
+        "  loss   2.5 → 0.125\n"
+        "  ended  all steps done"
     )
-    assert log._repr_html_().startswith("<pre>2,000 steps")
+    assert log._repr_html_().startswith("<div>2,000 steps")
 
 
 class Clock:

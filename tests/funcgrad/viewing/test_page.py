@@ -345,8 +345,8 @@ def test_diff_takes_two_graphs():
 def test_a_notebook_shows_the_page_in_a_frame():
     for what in (GRAPH, fg.halves(GRAPH)):
         frame = what._repr_html_()
-        page = html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1])
-        assert page == page.page(what)
+        document = html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1])
+        assert document == page.page(what)
 
 
 def test_a_notebook_shows_a_large_graph_as_text():

@@ -81,7 +81,7 @@ def test_folding():
     for what in ("scope", "line", "primitive", "equation"):
         assert sum(g.work.flops for g in cost.by(what)) == cost.flops
         assert sum(g.share for g in cost.by(what)) == pytest.approx(1)
-    with pytest.raises(ValueError, match="folded by one of scope, line, primitive, equation, and not by 'file'"):
+    with pytest.raises(ValueError, match="grouped by scope, line, primitive, equation, and not by 'file'"):
         cost.by("file")
 
 

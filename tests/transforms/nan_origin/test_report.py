@@ -322,7 +322,7 @@ def test_text_of_loops_and_long_operands():
         return lax.scan(lambda x, w: (jnp.exp(w @ x), None), x, ws)[0]
 
     text = str(fg.nan_origin(jax.jit(f), jnp.ones((6, 8, 8)), jnp.ones(8)))
-    assert "  iteration scan 1\n" in text
+    assert "  iteration  scan 1\n" in text
     text = str(fg.nan_origin(lambda w, x: w @ x, jnp.full((8, 8), 1e30), jnp.full(8, 1e30)))
     assert "1e+30 at [0, 0], 1e+30 at [0, 1], 1e+30 at [0, 2], 1e+30 at [0, 3], and 4 more of w: f32[8,8]" in text
     assert "float32 ends at 3.4e+38" in text

@@ -1,8 +1,8 @@
-"""The compiled program: its kernels, and the equations in each.
+"""Kernels of a compiled program, and the equations in each.
 
-tags      a scope around each equation, so that instructions know theirs
-hlo       the text of the compiled program as instructions
-finding   kernels: which instructions run, what they are, and of which equations
-profiling what each takes
-table     `compiled`, and the result that users see
+tags          a scope around each equation, which XLA keeps on instructions
+hlo           a parser of the text of compiled programs
+instructions  kernels: the instructions that run, and their equations
+profiling     the time of each kernel
+table         `compiled` and its result
 """

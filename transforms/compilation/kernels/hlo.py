@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-# What takes no time: names, views and constants.
+# Opcodes that take no time: names, views and constants.
 FREE = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 )
@@ -25,8 +25,8 @@ class Instruction:
 
     Attributes:
       type: of its result, as "f32[8,16]{1,0}" or a tuple of such.
-      operands: the names of what it reads.
-      attributes: everything behind the operands.
+      operands: the names of the instructions that it reads.
+      attributes: the rest of the line.
     """
 
     name: str
@@ -43,37 +43,35 @@ class Instruction:
     @cached_property
     def called(self) -> tuple[str, ...]:
         """The computations that it calls, a loop's body before its condition."""
-        branches = [name.strip(" %") for found in _BRANCHES.findall(self.attributes) for name in found.split(",")]
-        return (
-            *sorted(_CALLED.findall(self.attributes), key=lambda name: f"condition=%{name}" in self.attributes),
-            *branches,
-        )
+        branches = [name.strip(" %") for names in _BRANCHES.findall(self.attributes) for name in names.split(",")]
+        is_condition = lambda name: f"condition=%{name}" in self.attributes
+        return (*sorted(_CALLED.findall(self.attributes), key=is_condition), *branches)
 
     @cached_property
     def tag(self) -> int | None:
-        """The number of the innermost scope fg[number] of the operation that it was made from; None if XLA made it."""
-        found = re.findall(r"fg\[(\d+)\]", self._quoted(r'op_name="((?:[^"\\]|\\.)*)"'))
-        return int(found[-1]) if found else None
+        """The number of the innermost scope fg[number] in its metadata; None for an instruction that XLA added."""
+        numbers = re.findall(r"fg\[(\d+)\]", self._group(r'op_name="((?:[^"\\]|\\.)*)"'))
+        return int(numbers[-1]) if numbers else None
 
     @cached_property
     def target(self) -> str:
-        """The function that a custom call calls, or the library that a fusion is handed to."""
-        return self._quoted(r'custom_call_target="([^"]*)"') or self._quoted(r'"fusion_config":\{[^}]*"kind":"([^"]*)"')
+        """The function that a custom call calls, or the library that runs a fusion."""
+        return self._group(r'custom_call_target="([^"]*)"') or self._group(r'"fusion_config":\{[^}]*"kind":"([^"]*)"')
 
     @cached_property
     def trips(self) -> int | None:
         """How often a loop runs, if XLA knows."""
-        found = self._quoted(r'"known_trip_count":\{"n":"(\d+)"')
-        return int(found) if found else None
+        trips = self._group(r'"known_trip_count":\{"n":"(\d+)"')
+        return int(trips) if trips else None
 
-    def _quoted(self, pattern: str) -> str:
-        found = re.search(pattern, self.attributes)
-        return found[1] if found else ""
+    def _group(self, pattern: str) -> str:
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else ""
 
 
 @dataclass(frozen=True)
 class Module:
-    """A compiled program: its name, computations, and the one that is entered."""
+    """A compiled program: its name, its computations by name, and the name of the outermost one."""
 
     name: str
     computations: dict[str, list[Instruction]]
@@ -81,22 +79,22 @@ class Module:
 
     @cached_property
     def by_name(self) -> dict[str, Instruction]:
-        """Its instructions; their names differ in all computations."""
+        """The instructions of all computations; no two have the same name."""
         return {i.name: i for body in self.computations.values() for i in body}
 
     @cached_property
     def readers(self) -> dict[str, list[Instruction]]:
-        """The instructions that read the result of one."""
-        found: dict[str, list[Instruction]] = {name: [] for name in self.by_name}
+        """Name of an instruction -> the instructions that read its result."""
+        readers: dict[str, list[Instruction]] = {name: [] for name in self.by_name}
         for i in self.by_name.values():
             for name in i.operands:
-                found[name].append(i)
-        return found
+                readers[name].append(i)
+        return readers
 
     def inside(self, instruction: Instruction) -> list[Instruction]:
-        """An instruction and everything that it calls, at any depth."""
+        """An instruction and those of the computations that it calls, at any depth."""
         called = [i for name in instruction.called for i in self.computations.get(name, ())]
-        return [instruction, *(inner for i in called for inner in self.inside(i))]
+        return [instruction, *(nested for i in called for nested in self.inside(i))]
 
 
 def parse(text: str) -> Module:
@@ -110,17 +108,17 @@ def parse(text: str) -> Module:
             name = head[2]
             computations[name] = []
             entry = name if head[1] else entry
-        elif name and (found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)):
-            type_, rest = _split(found[2])
+        elif name and (match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line)):
+            type_, rest = _split(match[2])
             opcode, _, rest = rest.partition("(")
             operands, attributes = _split(f"({rest}")
             names = tuple(re.findall(r"%([\w.\-]+)", operands))
-            computations[name].append(Instruction(found[1], opcode, type_, names, attributes))
+            computations[name].append(Instruction(match[1], opcode, type_, names, attributes))
     return Module(module, computations, entry)
 
 
 def _split(text: str) -> tuple[str, str]:
-    """A text at the end of its first type or of its first pair of parentheses."""
+    """A text, cut behind its first type or its first pair of parentheses."""
     depth = 0
     for k, c in enumerate(text):
         depth += (c in "([{") - (c in ")]}")
@@ -130,10 +128,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _nbytes(dtype: str, shape: str) -> float:
-    return math.prod(int(n.lstrip("<=")) for n in shape.split(",") if n) * _itemsize(dtype)
-
-
-def _itemsize(dtype: str) -> float:
-    """The bytes of one element, as the dtype's name says; tokens have none."""
+    """The bytes of an array; the name of a dtype holds its bits, tokens have none."""
     bits = re.search(r"\d+", dtype)
-    return 1 if dtype == "pred" else int(bits[0]) / 8 if bits else 0
+    itemsize = 1 if dtype == "pred" else int(bits[0]) / 8 if bits else 0
+    return math.prod(int(n.lstrip("<=")) for n in shape.split(",") if n) * itemsize

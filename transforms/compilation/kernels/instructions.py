@@ -1,4 +1,4 @@
-"""Kernels: the instructions of a compiled program that run, what each is, and the equations that it is of."""
+"""Kernels: the instructions of a compiled program that run, the kind of each, and its equations."""
 
 from __future__ import annotations
 
@@ -14,47 +14,31 @@ from ...cost.table import Row
 from .hlo import FREE, Instruction, Module
 from .tags import Tag
 
-# What does the work of an equation that became several instructions, and what the names of such equations start with.
-CORES = {
-    "dot": "dot",
-    "convolution": "conv",
-    "reduce": "reduce",
-    "reduce-window": "reduce_window",
-    "scatter": "scatter",
-    "gather": "gather",
-    "sort": "sort",
-    "fft": "fft",
-    "custom-call": "",
-}
-CORE = 1000  # how much one of these counts
-_NAMED = ("dot", "convolution")  # of which every one is an equation's
+# Opcodes of core instructions, which do the work of an equation that became several instructions. The equation is named after
+# them, as reduce_window_sum after reduce-window.
+_CORES = frozenset(["dot", "convolution", "reduce", "reduce-window", "scatter", "gather", "sort", "fft", "custom-call"])
+_PREFIXES = {"convolution": "conv", "custom-call": ""}
+CORE_SCORE = 1000  # of a core instruction; others have 1, moves 0
 _MOVES = frozenset(("copy", "bitcast", "transpose", "reshape", "broadcast", "slice", "concatenate", "pad"))
-_LIBRARIES = {  # by what the target of a call or fusion contains
-    "onednn": "oneDNN",
-    "ynn": "YNN",
-    "cublas": "cuBLAS",
-    "cudnn": "cuDNN",
-    "triton": "Triton",
-    "lapack": "LAPACK",
-    "cusolver": "cuSOLVER",
-    "ducc": "DUCC",
-}
+# a part of the target of a call or fusion -> library
+_LIBRARIES = {"onednn": "oneDNN", "ynn": "YNN", "cublas": "cuBLAS", "cudnn": "cuDNN", "triton": "Triton"}
+_LIBRARIES |= {"lapack": "LAPACK", "cusolver": "cuSOLVER", "ducc": "DUCC"}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Something that runs.
+    """An instruction of the compiled program that runs.
 
     Attributes:
-      name: that of the instruction, as it stands in the HLO.
+      name: the instruction's, in the HLO.
       kind: "matmul", "convolution", "fusion", or the instruction's opcode.
-      library: whose code it runs, as "YNN" or "cuBLAS"; "" for XLA's own.
-      equations: those that something of is in it; of what XLA added, as copies, those that it was added for.
-      is_added: whether XLA added it.
+      library: the library that it calls, as "YNN" or "cuBLAS"; "" for XLA's own code.
+      equations: those that it computes a part of; for an instruction that XLA added, as a copy, those of its neighbours.
       times: how often it runs in a call; None in a loop of unknown length.
-      work: FLOPs and transcendentals of its equations, and the bytes that it reads and writes, all times together (once, if
-        `times` is None).
-      elapsed_s: its time in a call, in seconds, all times together; None if it was not measured.
+      work: FLOPs and transcendentals of its equations, and the bytes that it reads and writes, of all runs in a call; of one run
+        if `times` is None.
+      is_added: whether XLA added it.
+      elapsed_s: seconds of all runs in a call; None if it was not measured.
     """
 
     name: str
@@ -68,7 +52,7 @@ class Kernel:
 
     @property
     def sort(self) -> str:
-        """Its kind, with the library."""
+        """As "matmul (YNN)"."""
         return f"{self.kind} ({self.library})" if self.library else self.kind
 
     @property
@@ -82,44 +66,18 @@ class Kernel:
         return [line for line, _ in Counter(row.line for row in self.equations).most_common() if line]
 
     def share(self, of: Machine) -> float | None:
-        """How much of the machine it uses: the least time that its work takes there, beside its time."""
+        """Its roofline time on a machine, as a fraction of its time; None if it was not measured."""
         return of.bound(self.work).seconds / self.elapsed_s if self.elapsed_s else None
 
 
-def kernels_of(module: Module, tags: Sequence[Tag]) -> list[Kernel]:
-    """The kernels of a program, with the equations in each.
-
-    The work of an equation is that of the kernels that do what it is named for, or else of the one with the most of it.
-    """
-    runs = list(_running(module, tags, module.entry))
-    inside = [_parts(module.inside(run.instruction), tags) for run in runs]
-    known = {run.instruction.name: list(parts) for run, parts in zip(runs, inside, strict=True)}
-    neighbours = _Neighbours(module, known)
-    done = {t for parts in inside for t, score in parts.items() if score >= CORE}
-    for run, parts in zip(runs, inside, strict=True):
-        for core in module.inside(run.instruction):
-            is_unnamed = core.opcode in _NAMED and not _is_named(core, core.tag, tags)
-            tag = _named(core, run.instruction, tags, neighbours, done) if is_unnamed else None
-            if tag is not None:
-                parts[tag] = parts.get(tag, 0) + CORE
-                done.add(tag)
-    best = {t: max(parts.get(t, 0) for parts in inside) for t in {t for parts in inside for t in parts}}
-    doers = {t: [k for k, parts in enumerate(inside) if parts.get(t, -1) == most] for t, most in best.items()}
-    kernels = []
-    for k, (run, parts) in enumerate(zip(runs, inside, strict=True)):
-        shares = {t: doers[t] if best[t] >= CORE else doers[t][:1] for t in parts}
-        works = [(tags[t].row.once, run.trips / len(share)) for t, share in shares.items() if k in share]
-        work = Work.sum(once.times(n) for once, n in works if once)
-        read, written = (bytes_ * (run.times or 1) for bytes_ in _traffic(module, run.instruction))
-        whole = Work(work.flops, work.transcendentals, read, written)
-        rows = tuple(tags[t].row for t in parts or neighbours.of(run.instruction) or run.owner)
-        name, kind = run.instruction.name, _kind(module, run.instruction)
-        kernels.append(Kernel(name, *kind, rows, run.times, whole, not parts))
-    return kernels
-
-
 class _Run(NamedTuple):
-    """An instruction that runs: how often, how often the loops among the equations around it go round, and the innermost."""
+    """An instruction that runs.
+
+    Attributes:
+      times: how often; None in a loop of unknown length.
+      trips: the product of the trips of the loops around it that are equations.
+      owner: the tag of the innermost loop, branch or call around it; () if there is none.
+    """
 
     instruction: Instruction
     times: int | None
@@ -127,97 +85,136 @@ class _Run(NamedTuple):
     owner: tuple[int, ...]
 
 
-def _running(
-    module: Module,
-    tags: Sequence[Tag],
-    computation: str,
-    times: int | None = 1,
-    trips: int = 1,
-    owner: tuple[int, ...] = (),
-) -> Iterator[_Run]:
-    for i in module.computations[computation]:
-        if i.opcode in ("while", "conditional", "call", "async-start"):
-            inner, around, rounds = owner if i.tag is None else (i.tag,), times, trips
-            if i.opcode == "while":
-                around = None if times is None or i.trips is None else times * i.trips
-                is_loop = i.tag is not None and bool(
-                    subjaxprs.bodies(tags[i.tag].row.eqn)
-                )  # not one that an operation became
-                rounds = trips * (i.trips or 1) if is_loop else trips
-            for name in i.called:
-                yield from _running(module, tags, name, around, rounds, inner)
-        elif i.opcode not in FREE and not i.opcode.endswith("-done"):
-            yield _Run(i, times, trips, owner)
+def kernels_of(module: Module, tags: Sequence[Tag]) -> list[Kernel]:
+    """The kernels of a program, with the equations in each.
+
+    The work of an equation belongs to the kernels with its core instruction, or else to the one with most of its instructions.
+    """
+    return _Attribution(module, tags).kernels()
 
 
-def _parts(instructions: Sequence[Instruction], tags: Sequence[Tag]) -> dict[int, int]:
-    """The equations that these instructions are of, and how much of each: instructions that compute, many for its own."""
-    parts: dict[int, int] = {}
-    for i in instructions:
-        if i.tag is not None and i.opcode not in ("parameter", "tuple", "get-tuple-element"):
-            score = 0 if i.opcode in _MOVES else CORE if i.opcode in CORES and _is_named(i, i.tag, tags) else 1
-            parts[i.tag] = parts.get(i.tag, 0) + score
-    return parts
+class _Attribution:
+    """The equations of each kernel.
 
+    Attributes:
+      runs: the kernels' instructions.
+      scores: for each kernel tag -> score: the number of instructions of this equation, core instructions counted as many.
+      tags_of: name of a kernel -> its tags, as XLA's metadata has them.
+    """
 
-def _is_named(i: Instruction, tag: int | None, tags: Sequence[Tag]) -> bool:
-    """Whether an equation is named for what this instruction does."""
-    return tag is not None and str(tags[tag].row.eqn.primitive).startswith(CORES[i.opcode])
+    def __init__(self, module: Module, tags: Sequence[Tag]):
+        self.module, self.tags = module, tags
+        self.runs = list(self._running(module.entry))
+        self.scores = [self._scores(module.inside(run.instruction)) for run in self.runs]
+        self.tags_of = {run.instruction.name: list(s) for run, s in zip(self.runs, self.scores, strict=True)}
+        self._score_unnamed_cores()
 
+    def kernels(self) -> list[Kernel]:
+        """One kernel per run; an equation's work is divided among the kernels with its highest score."""
+        best: dict[int, int] = {}
+        for tag, score in (item for scores in self.scores for item in scores.items()):
+            best[tag] = max(best.get(tag, 0), score)
+        workers: dict[int, list[int]] = {tag: [] for tag in best}
+        for k, scores in enumerate(self.scores):
+            for tag, score in scores.items():
+                if score == best[tag] and (score >= CORE_SCORE or not workers[tag]):
+                    workers[tag].append(k)
+        kernels = []
+        for k, (run, scores) in enumerate(zip(self.runs, self.scores, strict=True)):
+            shares = {tag: run.trips / len(workers[tag]) for tag in scores if k in workers[tag]}
+            works = ((self.tags[tag].row.once, share) for tag, share in shares.items())
+            work = Work.sum(once.times(share) for once, share in works if once)
+            read, written = (bytes_ * (run.times or 1) for bytes_ in _traffic(self.module, run.instruction))
+            work = Work(work.flops, work.transcendentals, read, written)
+            rows = tuple(self.tags[tag].row for tag in scores or self._nearest(run.instruction) or run.owner)
+            name, kind = run.instruction.name, _kind(self.module, run.instruction)
+            kernels.append(Kernel(name, *kind, rows, run.times, work, not scores))
+        return kernels
 
-def _named(
-    core: Instruction, kernel: Instruction, tags: Sequence[Tag], neighbours: _Neighbours, done: set[int]
-) -> int | None:
-    """The equation of a product or convolution that has another's name: that of its transpose, of the loop around, or none."""
-    near, front = [], [] if core.tag is None else [core.tag]
-    for _ in range(4):  # a reader is a transpose or two away
-        front = [p for t in front for p in tags[t].parents]
-        near += front
-    near += [t for i in neighbours.around(core, kernel) for t in neighbours.known.get(i.name, ()) or _of(i)]
-    found = [t for t in near if _is_named(core, t, tags)]
-    return next((t for t in found if t not in done), next(iter(found), None))
+    def _running(
+        self, computation: str, times: int | None = 1, trips: int = 1, owner: tuple[int, ...] = ()
+    ) -> Iterator[_Run]:
+        for i in self.module.computations[computation]:
+            if i.opcode in ("while", "conditional", "call", "async-start"):
+                body_times, body_trips = times, trips
+                if i.opcode == "while":
+                    body_times = None if times is None or i.trips is None else times * i.trips
+                    is_equation = i.tag is not None and subjaxprs.bodies(
+                        self.tags[i.tag].row.eqn
+                    )  # else XLA's own loop
+                    body_trips *= (i.trips or 1) if is_equation else 1
+                for name in i.called:
+                    yield from self._running(name, body_times, body_trips, owner if i.tag is None else (i.tag,))
+            elif i.opcode not in FREE and not i.opcode.endswith("-done"):
+                yield _Run(i, times, trips, owner)
 
+    def _scores(self, instructions: Sequence[Instruction]) -> dict[int, int]:
+        scores: dict[int, int] = {}
+        for i in instructions:
+            if i.tag is not None and i.opcode not in ("parameter", "tuple", "get-tuple-element"):
+                score = 0 if i.opcode in _MOVES else CORE_SCORE if self._is_core(i, i.tag) else 1
+                scores[i.tag] = scores.get(i.tag, 0) + score
+        return scores
 
-def _of(i: Instruction) -> list[int]:
-    return [] if i.tag is None else [i.tag]
+    def _is_core(self, i: Instruction, tag: int | None) -> bool:
+        """Whether an instruction is of the kind that the equation is named after."""
+        prefix = _PREFIXES.get(i.opcode, i.opcode.replace("-", "_"))
+        return i.opcode in _CORES and tag is not None and str(self.tags[tag].row.eqn.primitive).startswith(prefix)
 
+    def _score_unnamed_cores(self) -> None:
+        """Give products and convolutions whose tag is that of another equation to the equation that they compute."""
+        done = {tag for scores in self.scores for tag, score in scores.items() if score >= CORE_SCORE}
+        for run, scores in zip(self.runs, self.scores, strict=True):
+            for core in self.module.inside(run.instruction):
+                if core.opcode not in ("dot", "convolution") or self._is_core(core, core.tag):
+                    continue
+                nearby = [tag for tag in self._nearby(core, run.instruction) if self._is_core(core, tag)]
+                tag = next((t for t in nearby if t not in done), next(iter(nearby), None))
+                if tag is not None:
+                    scores[tag] = scores.get(tag, 0) + CORE_SCORE
+                    done.add(tag)
 
-class _Neighbours(NamedTuple):
-    """What stands near an instruction in the program."""
+    def _nearby(self, core: Instruction, kernel: Instruction) -> list[int]:
+        """The equations around an instruction, the nearest first: operands of its tag, then those of neighbouring kernels."""
+        tags: list[int] = []
+        frontier = _tags(core)
+        for _ in range(4):  # a reader is a transpose or two away
+            frontier = [parent for tag in frontier for parent in self.tags[tag].parents]
+            tags += frontier
+        seen, near = {i.name: i for i in (core, kernel)}, [core, kernel]
+        for _ in range(4):
+            around = [i for j in near for i in self._operands(j)]
+            around += [reader for j in near for reader in self.module.readers[j.name]]
+            near = list({i.name: i for i in around if i.name not in seen}.values())
+            seen |= {i.name: i for i in near}
+        return tags + [tag for i in seen.values() for tag in self.tags_of.get(i.name, ()) or _tags(i)]
 
-    module: Module
-    known: dict[str, list[int]]  # the equations in each kernel
+    def _nearest(self, instruction: Instruction) -> list[int]:
+        """The equations of the nearest readers of an instruction that XLA added, or else of its nearest operands."""
+        readers = lambda i: self.module.readers[i.name]
+        return self._first(instruction, readers) or self._first(instruction, self._operands)
 
-    def of(self, instruction: Instruction) -> list[int]:
-        """The equations that something belongs to that XLA added: those of what reads it, else of what it reads."""
-        readers, made = self.module.readers, self.module.by_name
-        return self._first(instruction, lambda i: readers[i.name]) or self._first(
-            instruction, lambda i: [made[name] for name in i.operands]
-        )
-
-    def _first(self, instruction: Instruction, near: Callable[[Instruction], Sequence[Instruction]]) -> list[int]:
-        seen, front = {instruction.name}, [instruction]
-        while front:
-            front = [i for j in front for i in near(j) if i.name not in seen]
-            seen.update(i.name for i in front)
-            for i in front:
-                if tags := self.known.get(i.name) or _of(i):
+    def _first(self, instruction: Instruction, step: Callable[[Instruction], Sequence[Instruction]]) -> list[int]:
+        """The tags of the first tagged instruction in a breadth-first search."""
+        seen, frontier = {instruction.name}, [instruction]
+        while frontier:
+            frontier = [i for j in frontier for i in step(j) if i.name not in seen]
+            seen.update(i.name for i in frontier)
+            for i in frontier:
+                if tags := self.tags_of.get(i.name) or _tags(i):
                     return tags
         return []
 
-    def around(self, *instructions: Instruction) -> list[Instruction]:
-        """What they read and what reads them, the nearest first."""
-        seen, front = {i.name: i for i in instructions}, list(instructions)
-        for _ in range(4):
-            near = [self.module.by_name[name] for i in front for name in i.operands]
-            near += [reader for i in front for reader in self.module.readers[i.name]]
-            front = list({i.name: i for i in near if i.name not in seen}.values())
-            seen |= {i.name: i for i in front}
-        return list(seen.values())
+    def _operands(self, i: Instruction) -> list[Instruction]:
+        return [self.module.by_name[name] for name in i.operands]
+
+
+def _tags(i: Instruction) -> list[int]:
+    return [] if i.tag is None else [i.tag]
 
 
 def _kind(module: Module, instruction: Instruction) -> tuple[str, str]:
-    """What a kernel is, and whose code it runs."""
+    """The kind of a kernel, and the library that it calls."""
     inside = module.inside(instruction)
     targets = " ".join(i.target for i in inside).lower()
     library = next((name for part, name in _LIBRARIES.items() if part in targets), "")
@@ -230,10 +227,10 @@ def _kind(module: Module, instruction: Instruction) -> tuple[str, str]:
 
 
 def _traffic(module: Module, instruction: Instruction) -> tuple[float, float]:
-    """The bytes that a kernel reads and writes. A slice is what is read of an array, an update what is written over one."""
-    made = module.by_name
+    """The bytes that a kernel reads and writes: of an array only the slice that it reads, or the update that it writes."""
+    by_name = module.by_name
     if instruction.opcode != "fusion":
-        return sum(made[name].nbytes for name in instruction.operands), instruction.nbytes
+        return sum(by_name[name].nbytes for name in instruction.operands), instruction.nbytes
     inside = module.computations[instruction.called[0]]
     read = 0.0
     for parameter in (i for i in inside if i.opcode == "parameter"):
@@ -244,5 +241,6 @@ def _traffic(module: Module, instruction: Instruction) -> tuple[float, float]:
         elif not (is_first and all(i.opcode == "dynamic-update-slice" for i in users)):
             read += parameter.nbytes
     root = inside[-1]
-    results = [made[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    return read, sum(made[i.operands[1]].nbytes if i.opcode == "dynamic-update-slice" else i.nbytes for i in results)
+    results = [by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    updates = (by_name[i.operands[1]] if i.opcode == "dynamic-update-slice" else i for i in results)
+    return read, sum(i.nbytes for i in updates)

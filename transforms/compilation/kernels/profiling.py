@@ -1,4 +1,4 @@
-"""What a call takes, and each kernel in it, by JAX's profiler in this process."""
+"""The time of a call, and of each kernel in it, by JAX's profiler in this process."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any
 import jax
 import numpy as np
 
-RUNS = 5  # measured
+RUNS = 5
 _lock = threading.Lock()
 
 
 def measured(
     executable: Any, leaves: Sequence[Any], donated: Sequence[int], module: str
 ) -> tuple[float, dict[str, float]]:
-    """The wall time of a call, and the seconds of each kernel in it, all of its runs together."""
+    """The wall time of a call, and name of a kernel -> seconds of all its runs in a call: medians and means of `RUNS` calls."""
 
     def call() -> float:
-        given = [x.copy() if k in donated else x for k, x in enumerate(leaves)]
-        jax.block_until_ready(given)
+        arguments = [x.copy() if k in donated else x for k, x in enumerate(leaves)]
+        jax.block_until_ready(arguments)
         start_s = time.perf_counter()
-        jax.block_until_ready(executable(*given))
+        jax.block_until_ready(executable(*arguments))
         return time.perf_counter() - start_s
 
     call()
@@ -38,7 +38,7 @@ def measured(
     with _lock, tempfile.TemporaryDirectory() as folder:
         try:
             jax.profiler.start_trace(folder, profiler_options=options)
-        except RuntimeError:  # there is one profiler in a process, and someone else has it
+        except RuntimeError:  # a process has one profiler, and it is in use
             return elapsed_s, {}
         try:
             for _ in range(RUNS):
@@ -47,7 +47,7 @@ def measured(
             jax.profiler.stop_trace()
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as an error, what its bindings warn of would abort the process
+            warnings.simplefilter("ignore")  # a warning in its bindings that is an error would abort the process
             for plane in jax.profiler.ProfileData.from_file(path).planes:
                 for event in (event for line in plane.lines for event in line.events):
                     stats = dict(event.stats)

@@ -1,4 +1,4 @@
-"""`compiled`: what XLA made of a program: its kernels in order, the equations in each, and what each takes."""
+"""`compiled`: the kernels of a compiled program in order, with the equations and the time of each."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import jax
 from ...core import subjaxprs
 from ...core.errors import ArgumentError
 from ...core.graph import Graph, trace
+from ...core.report import Report, Result, Table
 from ...cost.device import Machine
-from ...cost.formatting import bytes_in_words, count_in_words, rows_in_columns, seconds_in_words
+from ...cost.formatting import format_bytes, format_count, format_seconds
 from ...cost.operations import is_view
 from ...cost.table import Row
 from .hlo import parse
@@ -27,7 +28,7 @@ from .tags import donated, tagged
 
 @dataclass(frozen=True)
 class Memory:
-    """What XLA allocates, in bytes; results that are written over arguments are in `alias_bytes` too."""
+    """Bytes that XLA allocates; `alias_bytes` are those of results that are written over arguments."""
 
     argument_bytes: int
     output_bytes: int
@@ -36,17 +37,18 @@ class Memory:
 
 
 @dataclass(frozen=True, repr=False)
-class Compiled:
+class Compiled(Result):
     """A compiled program. Its text is a table of kernels.
 
     Attributes:
       name: of the function.
-      kernels: in the order in which they run; those of a loop's body in the place of the loop.
-      vanished: equations of which nothing is left: dead, computed at compile time, or the same as another.
+      kernels: in the order in which they run; those of a loop's body stand in the place of the loop.
+      vanished: equations without instructions: dead code, constants, common subexpressions.
       memory: bytes of arguments, results and temporaries.
-      compile_s: how long XLA took, in seconds.
-      elapsed_s: the wall time of a call, in seconds; None if it was not run.
-      parts: name -> the kernels that hold something of an equation, as `fg.show(graph, kernels=...)` shows them.
+      compile_s: seconds that XLA took.
+      elapsed_s: seconds of a call; None if it was not run.
+      parts: name of an equation, as in `fg.show(graph, kernels=...)` -> the kernels that compute a part of it.
+      executable: JAX's compiled program.
     """
 
     name: str
@@ -69,12 +71,12 @@ class Compiled:
 
     @cached_property
     def times(self) -> dict[str, float]:
-        """name -> seconds of each measured equation: the time of its kernels, in equal parts for all equations in them."""
-        found: dict[str, float] = {}
-        for name, k in ((name, k) for name, kernels in self.parts.items() for k in kernels):
-            if k.elapsed_s is not None:
-                found[name] = found.get(name, 0.0) + k.elapsed_s / len(k.equations)
-        return found
+        """Name -> seconds of each measured equation: the time of a kernel is divided equally among its equations."""
+        shares = {
+            name: [k.elapsed_s / len(k.equations) for k in kernels if k.elapsed_s is not None]
+            for name, kernels in self.parts.items()
+        }
+        return {name: sum(seconds) for name, seconds in shares.items() if seconds}
 
     def dict(self) -> dict[str, Any]:
         """All of it as plain Python values, for JSON."""
@@ -95,79 +97,56 @@ class Compiled:
         }
 
     def __repr__(self) -> str:
-        return f"Compiled({self.name}: {len(self.kernels)} kernels, {bytes_in_words(self.memory.temp_bytes)} of temporaries)"
+        temporaries = format_bytes(self.memory.temp_bytes)
+        return f"Compiled({self.name}: {len(self.kernels)} kernels, {temporaries} of temporaries)"
 
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, *, lines: int = 30, machine: Machine | None = None) -> str:
+    def report(self, *, lines: int = 30, machine: Machine | None = None) -> Report:
         """A table, the longest kernels first if they were measured.
 
         Args:
-          lines: fold the rest of a longer table.
-          machine: adds how much of this machine each kernel uses.
+          lines: how many kernels are shown.
+          machine: adds the roofline time on this machine, as a fraction of each kernel's time.
         """
-        m = self.memory
-        took = f", {seconds_in_words(self.elapsed_s)} a call" if self.elapsed_s is not None else ""
-        many = f"{len(self.kernels)} kernel{'s' * (len(self.kernels) != 1)}"
+        count, m = len(self.kernels), self.memory
+        call = f", {format_seconds(self.elapsed_s)} a call" if self.elapsed_s is not None else ""
         head = [
-            f"{self.name}: {many}{took}, compiled in {seconds_in_words(self.compile_s)}",
-            f"{bytes_in_words(m.argument_bytes)} of arguments, {bytes_in_words(m.output_bytes)} of results "
-            f"({bytes_in_words(m.alias_bytes)} written over arguments), {bytes_in_words(m.temp_bytes)} of temporaries",
+            f"{self.name}: {count} kernel{'s' * (count != 1)}{call}, compiled in {format_seconds(self.compile_s)}",
+            f"{format_bytes(m.argument_bytes)} of arguments, {format_bytes(m.output_bytes)} of results "
+            f"({format_bytes(m.alias_bytes)} written over arguments), {format_bytes(m.temp_bytes)} of temporaries",
         ]
         if self.vanished:
             names = Counter(str(row.eqn.primitive) for row in self.vanished)
             head.append("vanished: " + ", ".join(f"{name} ×{n}" for name, n in names.most_common()))
-        whole = sum(k.elapsed_s or 0 for k in self.kernels) or 1
-        kernels = sorted(self.kernels, key=lambda k: -(k.elapsed_s or 0))
-        columns = [
-            "time",
-            "share",
-            "runs",
-            "FLOP",
-            "bytes",
-            *(["of roofline"] if machine else []),
-            "kernel",
-            "equations",
-        ]
-        rows = [columns]
-        for k in kernels[:lines]:
-            share = k.share(machine) if machine else None
-            rows.append(
-                [
-                    "" if k.elapsed_s is None else seconds_in_words(k.elapsed_s),
-                    "" if k.elapsed_s is None else f"{k.elapsed_s / whole:.1%}",
-                    "?" if k.times is None else str(k.times),
-                    count_in_words(k.work.flops),
-                    bytes_in_words(k.work.bytes),
-                    *([f"{share:.0%}" if share is not None else ""] if machine else []),
-                    k.sort,
-                    _summary(k),
-                ]
-            )
-        more = [f"… {len(kernels) - lines} more"] if len(kernels) > lines else []
-        return "\n".join([*head, *rows_in_columns(rows, left=2), *more])
+        total_s = sum(k.elapsed_s or 0 for k in self.kernels) or 1
+        rows = [_cells(k, total_s, machine) for k in sorted(self.kernels, key=lambda k: -(k.elapsed_s or 0))]
+        numbers = ["time", "share", "runs", "FLOP", "bytes", *(["of roofline"] if machine else [])]
+        return Report((*head, Table(rows, [*numbers, "kernel", "equations"], ">" * len(numbers), limit=lines)))
 
 
-def _summary(k: Kernel) -> str:
+def _cells(k: Kernel, total_s: float, machine: Machine | None) -> list[str]:
+    times = ["", ""] if k.elapsed_s is None else [format_seconds(k.elapsed_s), f"{k.elapsed_s / total_s:.1%}"]
+    runs = "?" if k.times is None else str(k.times)
+    share = k.share(machine) if machine else None
+    roofline = ["" if share is None else f"{share:.0%}"] if machine else []
     names = Counter(str(row.eqn.primitive) for row in k.equations)
-    text = ", ".join(f"{name} ×{n}" if n > 1 else name for name, n in names.most_common(4)) or "-"
+    equations = ", ".join(f"{name} ×{n}" if n > 1 else name for name, n in names.most_common(4)) or "-"
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return "  ".join(filter(None, [f"{text}{more}", *(scope for scope in k.scopes[:1] if scope)]))
+    summary = "  ".join(filter(None, [f"{equations}{more}", *k.scopes[:1]]))
+    return [*times, runs, format_count(k.work.flops), format_bytes(k.work.bytes), *roofline, k.sort, summary]
 
 
 # ------------------------------------------------------------------------------------------------ compiled
 
 
 def compiled(f: Callable, /, *args: Any, **kwargs: Any) -> Compiled:
-    """Compile a program, run it a few times, and say what XLA made of it.
+    """Compile a program, run it a few times, and list its kernels.
 
     Args:
-      f: function or Graph, also one that was jitted: what it donates is donated here, from copies of the arguments.
-      *args, **kwargs: its arguments. With `jax.ShapeDtypeStruct` among them the program is compiled and not run, so nothing is
-        measured. A Graph of no arguments given is compiled for its types.
+      f: function or Graph, also a jitted function: arguments that it donates are copied first.
+      *args, **kwargs: its arguments. With `jax.ShapeDtypeStruct` among them, or a Graph without arguments, the program is
+        compiled and not run, so it has no times.
     Returns:
-      Compiled: kernels with their equations, FLOPs, bytes and times; what vanished; memory; `hlo()`.
+      Compiled: kernels with their equations, FLOPs, bytes and times; equations that vanished; memory; `hlo()`.
     Raises:
       ArgumentError: the arguments cannot be traced. Also a TypeError.
 
@@ -197,12 +176,11 @@ def compiled(f: Callable, /, *args: Any, **kwargs: Any) -> Compiled:
     analysis = executable.memory_analysis()
     sizes = (getattr(analysis, f"{name}_size_in_bytes", 0) for name in ("argument", "output", "alias", "temp"))
     kernels = [dataclasses.replace(k, elapsed_s=seconds.get(k.name)) for k in kernels_of(module, tags)]
-    found = {id(row) for k in kernels for row in k.equations}
-    plain = (tag.row for tag in tags if not is_view(tag.row.eqn) and not subjaxprs.bodies(tag.row.eqn))
-    vanished = tuple(row for row in plain if id(row) not in found)
-    parts: dict[str, tuple[Kernel, ...]] = {}
     names = {id(tag.row): tag.name for tag in tags}
-    for k in kernels:
-        for row in k.equations:
-            parts[names[id(row)]] = (*parts.get(names[id(row)], ()), k)
+    parts: dict[str, tuple[Kernel, ...]] = {}
+    for kernel in kernels:
+        for name in (names[id(row)] for row in kernel.equations):
+            parts[name] = (*parts.get(name, ()), kernel)
+    operations = (tag for tag in tags if not is_view(tag.row.eqn) and not subjaxprs.bodies(tag.row.eqn))
+    vanished = tuple(tag.row for tag in operations if tag.name not in parts)
     return Compiled(graph.name, tuple(kernels), vanished, Memory(*sizes), compile_s, elapsed_s, parts, executable)
