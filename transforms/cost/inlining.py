@@ -17,7 +17,7 @@ import jax
 
 from ..core import _jax, subjaxprs
 from ..core.scope_paths import Path, joined
-from ..while_loops.checkpointed import Kept
+from ..while_loops.checkpointed import Checkpoints
 from ..while_loops.schedule import evaluations
 from .operations import Work, is_view, nbytes, work
 
@@ -219,7 +219,7 @@ class Unfolding:
         """
         p, name = step.eqn.params, step.eqn.primitive.name
         sweep = p["sweep"].jvp(p["flags"]) if name == "tangent" else p["sweep"]
-        is_forward, is_back = not p.get("is_kept", False), name != "forward" and sweep.sizes[2] > 0
+        is_forward, is_back = not p.get("has_checkpoints", False), name != "forward" and sweep.sizes[2] > 0
         n, size = self._trips(step), sweep.loops.residual_steps
         taped, again = 0.0, 1.0  # steps with residuals in the first run, and steps computed again
         if math.isnan(n):
@@ -232,13 +232,13 @@ class Unfolding:
             "hoist": 1.0,
             "cond": n * is_forward,
             "step": (n - taped) * is_forward + (again - leaves_again) * is_back,
-            "leaf": taped * is_forward + leaves_again * is_back,
-            "pull": n * is_back,
+            "fwd": taped * is_forward + leaves_again * is_back,
+            "bwd": n * is_back,
         }
         for part, count in counts.items():
             self._enter(step, getattr(sweep, part), step.times * count, step.reads[: p["sweep"].sizes[0]])
         if is_back and is_forward:
-            step.kept_bytes = sum(map(nbytes, jax.tree.leaves(Kept.avals(sweep))))
+            step.kept_bytes = sum(map(nbytes, jax.tree.leaves(Checkpoints.avals(sweep))))
 
 
 def total(steps: Sequence[Step]) -> Work:
