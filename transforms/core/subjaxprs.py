@@ -319,7 +319,7 @@ def results(eqn: Any) -> list[list[int | None]]:
 
 
 def invariant_operands(eqn: Any, values: Sequence[Any]) -> list[list[Any]]:
-    """As `operands`, with None also where an input is another value from run to run."""
+    """As `operands`, with None also where an input is not loop-invariant."""
     name, p, inputs = eqn.primitive.name, eqn.params, operands(eqn, values)
     counts = [len(given) for given in inputs]
     if name == "scan":
