@@ -10,7 +10,6 @@ _jax.hide(__path__[0])
 from .autodiff.grad import (
     differentiable,
     grad,
-    halves,
     hessian,
     jacfwd,
     jacobian,
@@ -21,7 +20,7 @@ from .autodiff.grad import (
     value_and_grad,
     vjp,
 )
-from .autodiff.halves import Halves, Residual
+from .autodiff.halves import Halves, Residual, halves
 from .batching.vmap import vmap
 from .compilation.jit import jit
 from .core.errors import (

@@ -6,51 +6,44 @@ Each verb has JAX's own signature, positional options included. A function gives
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.dtypes import float0
-from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
 from ..core import _jax
 from ..core.errors import ArgumentError, OptionError, location
-from ..core.graph import Graph, trace
+from ..core.graph import Graph
 from ..core.rules import Rule, Rules, as_pass, live
 from ..core.signatures import name_of
 from ..remat.plan import Plan, budgeted, planned
 from ..rewriting.scope_rules import scoped
 from ..while_loops.primitives import rules as reversible
 from ..while_loops.schedule import Loops
-from .halves import Halves, in_program_order
 from .jacobians import jacobian as jacobian_in_chunks
-from .messages import explained, returning_scalar, wrong_arguments
+from .messages import explained, returning_scalar
 
 UserRules = Rules | Mapping[_jax.Primitive | str, Rule]
 
 
 def differentiable(f: Callable, *, rules: UserRules | None = None, loops: Loops | None = None) -> Callable:
-    """`f` with the same values, and gradients that go through `while` loops and that the rules give; for plain `jax.grad` too.
+    """`f` with the same values, a reverse mode for its `while` loops, and the gradients of `rules`; for plain `jax.grad` too.
 
     Args:
       f: function or Graph.
       rules: primitive -> `rule(eqn, *values)`, which returns the equation's outputs by another, differentiable computation
         of the same values, at any depth of `f` (a straight-through estimator, a `jax.custom_vjp` function). Or scope pattern
-        ("block_*/attention") -> `rule(region, *values)` for all equations of a scope, which are the Graph `region`: it returns
+        ("block_*/attention") -> `rule(region, *values)`; the Graph `region` holds all equations of a scope, and the rule returns
         what `region(*values)` does. Its `region.paths` say where the values come from, as "params['w']" or "encoder/tanh". For
-        scopes `f` is traced at every call, with respect to its arrays, NumPy's too; what else it is given stays. A mapping, or a
-        `Rules`, which keeps what was compiled for it from call to call of `vjp`, `jvp` and `linearize` too.
-      loops: how much memory the gradient of each `while` loop (`lax.while_loop`, `lax.fori_loop` with bounds that are traced)
-        may use, however often it runs: see `Loops`, whose defaults hold without it. JAX's own are those with ordered effects or
-        references.
+        scopes `f` is traced at every call, with respect to its arrays, NumPy's too; its other arguments stay as they are. A
+        mapping, or a `Rules`, which keeps compiled programs from call to call of `vjp`, `jvp` and `linearize` too.
+      loops: the memory for the gradient of each `while` loop (`lax.while_loop`, `lax.fori_loop` with traced bounds), for any
+        number of steps: see `Loops`, whose defaults are the default. Loops with ordered effects or references stay JAX's own.
     Returns:
       A function as `f`.
     Raises:
-      OptionError: `loops` is no `Loops`; at a call, a pattern names no scope. Also a ValueError.
+      OptionError: `loops` is not a `Loops`; at a call, a pattern names no scope. Also a ValueError.
       GraphError: at a call, a rule returned values of other shapes, dtypes or number.
 
     >>> from jax import lax
@@ -96,19 +89,19 @@ def grad(
       fun: function or Graph that returns a float scalar, shape (); with `has_aux`, a pair of it and anything.
       argnums: which positional arguments to differentiate with respect to.
       rules, loops: gradients of primitives and of scopes that override JAX's; memory for `while` loops. See `differentiable`.
-      memory: a budget for the temporaries of the gradient: bytes, as 2**30 or "1GiB", or a part of what it takes without
-        one, as "50%". Arguments and results come on top. Values of the forward pass are then computed again in the backward
-        pass, as few as the budget allows. The function is traced once per types of its arguments, as by `jax.jit`, and up
-        to four programs are compiled and measured, one or two more where these do not fit, also inside of an outer
-        `jax.jit`; strings, bools and other arguments that are no arrays or numbers are static. Under an outer `vmap` the
-        budget is that of one lane; of sharded arguments, that of one device. `fg.plan` says what a budget does.
+      memory: a budget for the temporaries of the gradient: bytes, as 2**30 or "1GiB", or a part of the bytes without a
+        budget, as "50%". Arguments and results come on top. The backward pass computes values of the forward pass again,
+        as few as the budget allows. The function is traced once per types of its arguments, as by `jax.jit`, and up to
+        four programs are compiled and measured, one or two more where these do not fit, also inside an outer `jax.jit`;
+        strings, bools and other arguments that are not arrays or numbers are static. Under an outer `vmap` the budget is
+        that of one lane; of sharded arguments, that of one device. `fg.plan` says what a budget does.
       has_aux, holomorphic, allow_int, reduce_axes: as in `jax.grad`.
     Returns:
       A function as `fun`, or a Graph; the output has the argument's tree, shapes and dtypes. Without `fun`, a decorator.
     Raises:
       NotScalarError: the output is not a real scalar. Also a TypeError, as in jax.grad.
-      ArgumentError: an argument in `argnums` holds integers or is no array. Also a TypeError.
-      BudgetError: no program was found that keeps to `memory`; says how small the smallest is. Also a ValueError.
+      ArgumentError: an argument in `argnums` holds integers or is not an array. Also a TypeError.
+      BudgetError: no program fits `memory`; the message says the bytes of the smallest. Also a ValueError.
     Source: Griewank & Walther 2008, Evaluating Derivatives, doi:10.1137/1.9780898717761.
 
     >>> grad(lambda x: x**3)(2.0)
@@ -117,7 +110,7 @@ def grad(
     options = dict(
         argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes
     )
-    return _derive(jax.grad, fun, options, rules, loops, scalar=True, memory=memory)
+    return _derive(jax.grad, fun, options, rules, loops, memory=memory)
 
 
 def value_and_grad(
@@ -140,7 +133,7 @@ def value_and_grad(
     options = dict(
         argnums=argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int, reduce_axes=reduce_axes
     )
-    return _derive(jax.value_and_grad, fun, options, rules, loops, scalar=True, memory=memory)
+    return _derive(jax.value_and_grad, fun, options, rules, loops, memory=memory)
 
 
 def jacfwd(
@@ -246,9 +239,9 @@ def plan(
       *args, **kwargs: its arguments; arrays may be `jax.ShapeDtypeStruct`.
       memory, argnums, has_aux, rules, loops: as in `value_and_grad`.
     Returns:
-      Plan. Its text says the bytes and the FLOPs, what is kept and what is computed again.
+      Plan. Its text says the bytes and the FLOPs, the saved and the recomputed values.
     Raises:
-      BudgetError: no program was found that keeps to the budget. Also a ValueError.
+      BudgetError: no program fits the budget. Also a ValueError.
 
     >>> import jax.numpy as jnp
     >>> layer = lambda x, w: (jnp.tanh(x @ w), None)
@@ -266,110 +259,28 @@ def plan(
     return explained("plan", fun, derived, options)(*args, **kwargs)
 
 
-def halves(
-    graph: Graph, argnums: int | Sequence[int] = 0, *, rules: UserRules | None = None, loops: Loops | None = None
-) -> Halves:
-    """The forward and the backward Graph of a gradient, and the residuals between them.
-
-    Args:
-      graph: the Graph; its output may be any tree of arrays.
-      argnums: which positional arguments to differentiate with respect to.
-      rules, loops: as in `grad`.
-    Returns:
-      Halves. Its text lists each residual with its path, type, bytes, equation and line. Together they compute `jax.vjp`.
-    Raises:
-      ArgumentError: not a Graph, or an argument in `argnums` holds integers. Also a TypeError.
-
-    >>> import jax.numpy as jnp
-    >>> from funcgrad.transforms import trace
-    >>> f = lambda x: jnp.exp(jnp.sin(x))
-    >>> h = halves(trace(f, 1.0))
-    >>> [(r.path, r.bytes) for r in h.residuals]
-    [('cos#0', 4), ('exp#0', 4)]
-    >>> out, kept = h.forward(1.0)
-    >>> bool(h.backward(kept, 1.0) == jax.grad(f)(1.0))
-    True
-    """
-    if not isinstance(graph, Graph):
-        raise ArgumentError(
-            f"halves takes a Graph, and got {type(graph).__name__}.", hint="fg.halves(fg.trace(f, *args))"
-        )
-    argnums = jax.tree.map(operator.index, argnums)
-    is_inexact = lambda x: jax.dtypes.issubdtype(x.dtype, jax.numpy.inexact)
-    body = differentiable(graph, rules=rules, loops=loops)
-    pulls: list[Any] = []
-
-    def forward(*args, **kwargs):
-        numbers = (argnums,) if isinstance(argnums, int) else argnums
-        some_are_floats = any(is_inexact(x) for k in numbers if k < len(args) for x in tree_leaves(args[k]))
-        options = dict(argnums=argnums, holomorphic=False) | (dict(allow_int=True) if some_are_floats else {})
-        if problem := wrong_arguments("halves", graph, args, options):
-            raise problem
-        chosen = [k % len(args) for k in numbers]
-
-        def of_chosen(*values):
-            given = dict(zip(chosen, values, strict=True))
-            return body(*(given.get(k, x) for k, x in enumerate(args)), **kwargs)
-
-        out, pull = jax.vjp(of_chosen, *(args[k] for k in chosen))
-        leaves, tree = tree_flatten(pull)
-        kept = {id(x): x for x in leaves if isinstance(x, jax.core.Tracer)}  # what is none is a constant
-        places = {key: k for k, key in enumerate(kept)}
-        pulls.append((tree, [places.get(id(x), -1) for x in leaves], [None if id(x) in kept else x for x in leaves]))
-        return out, tuple(kept.values())
-
-    forward = graph.derive(forward, f"forward({graph.name})")
-    forward, order, residuals = in_program_order(forward, len(forward.out_avals) - len(graph.out_avals))
-    tree, places, constants = pulls[-1]
-    places = [order.index(k) if k >= 0 else k for k in places]
-
-    def backward(kept, cotangents):
-        leaves = [kept[k] if k >= 0 else constant for k, constant in zip(places, constants, strict=True)]
-        cotangents = graph.out_tree.flatten_up_to(cotangents)
-        full = [np.zeros(a.shape, float0) if x is None else x for a, x in zip(graph.out_avals, cotangents, strict=True)]
-        grads = tree_unflatten(tree, leaves)(tree_unflatten(graph.out_tree, full))
-        grads = jax.tree.map(lambda x: None if x.dtype == float0 else x, grads)
-        return grads[0] if isinstance(argnums, int) else grads
-
-    cotangents = tree_unflatten(graph.out_tree, [a if is_inexact(a) else None for a in graph.out_avals])
-    backward = trace(backward, forward.out_avals[len(graph.out_avals) :], cotangents)
-    backward = dataclasses.replace(backward, name=f"backward({graph.name})")
-    return Halves(forward, backward, residuals)
-
-
-# ------------------------------------------------------------------------------------------------ the one way all go
-
-
 def _derive(
-    transform: Callable,
-    fun: Any,
-    options: dict,
-    rules: UserRules | None,
-    loops: Loops | None = None,
-    scalar: bool = False,
-    **budget: Any,
+    transform: Callable, fun: Any, options: dict, rules: UserRules | None, loops: Loops | None = None, **budget: Any
 ) -> Any:
     """`transform` of `fun`: a decorator if `fun` is None, a Graph if `fun` is one, else a function."""
     if fun is None:
-        again = dict(options=options, rules=rules, loops=loops, scalar=scalar, **budget)
-        return functools.partial(_derive, transform, **again)
+        return functools.partial(_derive, transform, options=options, rules=rules, loops=loops, **budget)
+    verb, is_scalar = transform.__name__, transform in (jax.grad, jax.value_and_grad)
     if not callable(fun):
-        raise ArgumentError(
-            f"{transform.__name__} takes a function or a Graph, and got {type(fun).__name__}.", inputs=f"{fun!r:.60}"
-        )
-    verb, is_within = transform.__name__, any(given is not None for given in budget.values())
-    if is_within and scalar:  # the budget decides on loops
+        raise ArgumentError(f"{verb} takes a function or a Graph, and got {type(fun).__name__}.", inputs=f"{fun!r:.60}")
+    has_budget = any(limit is not None for limit in budget.values())
+    if transform is jax.jacfwd or (has_budget and is_scalar):  # the plan of a budget decides on loops
         _check_loops(fun, loops)
-        body = returning_scalar(verb, fun, _overridden(fun, rules), options)
-        derived: Callable = functools.wraps(fun, updated=())(
-            budgeted(transform, body, options=options, loops=loops, **budget)
-        )
+        body = _overridden(fun, rules)
     else:
-        body = _overridden(fun, rules) if transform is jax.jacfwd else differentiable(fun, rules=rules, loops=loops)
-        body = returning_scalar(verb, fun, body, options) if scalar else body
-        if is_within:
-            derived = jacobian_in_chunks(transform, body, options, f"{verb} of {name_of(fun)}", **budget)
-        else:
-            derived = transform(body, **options)
+        body = differentiable(fun, rules=rules, loops=loops)
+    body = returning_scalar(verb, fun, body, options) if is_scalar else body
+    if not has_budget:
+        derived = transform(body, **options)
+    elif is_scalar:
+        derived = budgeted(transform, body, options=options, loops=loops, **budget)
+        derived = functools.wraps(fun, updated=())(derived)
+    else:
+        derived = jacobian_in_chunks(transform, body, options, f"{verb} of {name_of(fun)}", **budget)
     derived = explained(verb, fun, derived, options)
     return fun.derive(derived, f"{verb}({fun.name})") if isinstance(fun, Graph) else derived

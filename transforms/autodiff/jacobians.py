@@ -1,7 +1,7 @@
-"""Jacobians in chunks: `jacfwd`, `jacrev` and `hessian` for so many tangents or cotangents at a time.
+"""Jacobians in chunks: `jacfwd`, `jacrev` and `hessian` some tangents or cotangents at a time.
 
-As in JAX, a jacobian is the vmap of a pushforward or pullback over the standard basis. Here each chunk of the basis is made where
-it is used. All that JAX refuses it refuses first, since its own verb is traced before anything is cut.
+As in JAX, a jacobian is the vmap of a pushforward or pullback over the standard basis; here each chunk of the basis is computed
+where it is used. JAX's own verb is traced first, so that JAX's errors come first.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def jacobian(transform: Callable, f: Callable, options: dict, name: str, memory:
     """
     plain = transform(f, **options)
     argnums, has_aux = options["argnums"], options["has_aux"]
-    inner = jax.jacrev(f, **options) if transform is jax.hessian else f
+    target = jax.jacrev(f, **options) if transform is jax.hessian else f
     cut = _by_rows if transform is jax.jacrev else _by_columns
 
     def program(size):
         if size is None:
             return lambda *args, **kwargs: plain(*args, **kwargs)
-        return lambda *args, **kwargs: cut(*_split(inner, argnums, args, kwargs), has_aux, size)
+        return lambda *args, **kwargs: cut(*split_argnums(target, argnums, args, kwargs), has_aux, size)
 
     def lanes(*args, **kwargs):
-        jax.eval_shape(plain, *args, **kwargs)  # raises what JAX says of the arguments
-        of_chosen, chosen = _split(inner, argnums, args, kwargs)
+        jax.eval_shape(plain, *args, **kwargs)  # raises JAX's errors
+        of_chosen, chosen = split_argnums(target, argnums, args, kwargs)
         if transform is jax.jacrev:
             out = jax.eval_shape(of_chosen, chosen)
             chosen = out[0] if has_aux else out
@@ -49,13 +49,13 @@ def jacobian(transform: Callable, f: Callable, options: dict, name: str, memory:
     return chunked(program, lanes, name, memory, chunk)
 
 
-def _split(f: Callable, argnums: Any, args: tuple, kwargs: dict) -> tuple[Callable, Any]:
-    """`f` as a function of the chosen arguments, one or a tuple of them, and these."""
+def split_argnums(f: Callable, argnums: Any, args: tuple, kwargs: dict) -> tuple[Callable, Any]:
+    """`f` as a function of the arguments in `argnums`, one or a tuple of them; and these arguments."""
     numbers = [k % len(args) for k in ((argnums,) if isinstance(argnums, int) else argnums)]
 
     def of_chosen(chosen):
-        given = dict(zip(numbers, (chosen,) if isinstance(argnums, int) else chosen, strict=True))
-        return f(*(given.get(k, x) for k, x in enumerate(args)), **kwargs)
+        by_number = dict(zip(numbers, (chosen,) if isinstance(argnums, int) else chosen, strict=True))
+        return f(*(by_number.get(k, x) for k, x in enumerate(args)), **kwargs)
 
     return of_chosen, args[numbers[0]] if isinstance(argnums, int) else tuple(args[k] for k in numbers)
 
@@ -64,7 +64,7 @@ def _by_columns(of_chosen: Callable, chosen: Any, has_aux: bool, chunk: int) -> 
     """Forward mode: `chunk` tangents at a time."""
     primals, tree = tree_flatten(chosen)
     options: dict[str, Any] = dict(has_aux=has_aux)
-    if has_effects(jax.make_jaxpr(of_chosen)(chosen)):  # those happen once, and residuals are kept for it
+    if has_effects(jax.make_jaxpr(of_chosen)(chosen)):  # effects happen once, so residuals are kept
         out, linear, *aux = jax.linearize(of_chosen, chosen, **options)
         pushed = lambda tangent: (out, linear(tangent), *aux)
     else:
@@ -72,11 +72,11 @@ def _by_columns(of_chosen: Callable, chosen: Any, has_aux: bool, chunk: int) -> 
 
     def piece(start, size):
         def push(*tangents):
-            out, moved, *aux = pushed(tree_unflatten(tree, tangents))
-            return jax.tree.map(lambda y, t: jnp.zeros_like(y) if t.dtype == float0 else t, out, moved), *aux
+            out, tangent, *aux = pushed(tree_unflatten(tree, tangents))
+            return jax.tree.map(lambda y, t: jnp.zeros_like(y) if t.dtype == float0 else t, out, tangent), *aux
 
         rows, *aux = jax.vmap(push, out_axes=(0, None) if has_aux else (0,))(*_basis(start, size, primals))
-        rows = lax.optimization_barrier(rows)  # a transpose that is a part of the last product makes that slow
+        rows = lax.optimization_barrier(rows)  # keeps the transpose out of the last product, which it slows down
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), rows), *aux
 
     columns, *aux = in_chunks(piece, _ends(primals)[-1], chunk, (-1, None) if has_aux else (-1,))
@@ -85,21 +85,21 @@ def _by_columns(of_chosen: Callable, chosen: Any, has_aux: bool, chunk: int) -> 
 
 
 def _by_rows(of_chosen: Callable, chosen: Any, has_aux: bool, chunk: int) -> Any:
-    """Reverse mode: `chunk` cotangents at a time; the residuals are there once."""
+    """Reverse mode: `chunk` cotangents at a time, with one set of residuals."""
     options: dict[str, Any] = dict(has_aux=has_aux)
-    out, pull, *aux = jax.vjp(of_chosen, chosen, **options)
+    out, pullback, *aux = jax.vjp(of_chosen, chosen, **options)
     outputs, out_tree = tree_flatten(out)
     primals, tree = tree_flatten(chosen)
-    is_known = [jnp.issubdtype(jax.typeof(x).dtype, np.inexact) for x in primals]  # integers have no derivative
+    is_inexact = [jnp.issubdtype(jax.typeof(x).dtype, np.inexact) for x in primals]  # integers have no derivative
 
     def piece(start, size):
         basis = tree_unflatten(out_tree, _basis(start, size, outputs))
-        return [g for g, known in zip(tree_leaves(jax.vmap(pull)(basis)), is_known, strict=True) if known]
+        return [g for g, f in zip(tree_leaves(jax.vmap(pullback)(basis)), is_inexact, strict=True) if f]
 
     rows = iter(in_chunks(piece, _ends(outputs)[-1], chunk, 0))
     blocks = []
-    for x, known in zip(primals, is_known, strict=True):
-        whole = next(rows) if known else jnp.zeros((_ends(outputs)[-1], *jnp.shape(x)), jax.typeof(x).dtype)
+    for x, f in zip(primals, is_inexact, strict=True):
+        whole = next(rows) if f else jnp.zeros((_ends(outputs)[-1], *jnp.shape(x)), jax.typeof(x).dtype)
         blocks.append([_jax.cast(part, jax.typeof(x)) for part in _parted(whole, 0, outputs)])
     jac = tree_unflatten(tree, [tree_unflatten(out_tree, block) for block in blocks])
     jac = tree_transpose(tree_structure(chosen), out_tree, jac)
@@ -117,8 +117,8 @@ def _basis(start: Any, size: int, leaves: Sequence[Any]) -> list[Any]:
     for x, end in zip(leaves, _ends(leaves), strict=True):
         count = math.prod(jnp.shape(x))
         rows = jnp.arange(size, dtype=np.int32)[:, None] + start - (end - count)
-        hot = rows == jnp.arange(count, dtype=np.int32)
-        basis.append(hot.astype(jax.typeof(x).dtype).reshape(size, *jnp.shape(x)))
+        one_hot = rows == jnp.arange(count, dtype=np.int32)
+        basis.append(one_hot.astype(jax.typeof(x).dtype).reshape(size, *jnp.shape(x)))
     return basis
 
 

@@ -16,7 +16,7 @@ import jax
 
 from ..core import _jax, subjaxprs
 from ..core.scope_paths import Path, joined
-from ..while_loops.checkpointed import Kept
+from ..while_loops.checkpointed import Checkpoints
 from ..while_loops.schedule import evaluations
 from .operations import Work, is_view, nbytes, work
 
@@ -227,7 +227,7 @@ class Inlining:
         """
         params, name = step.eqn.params, step.eqn.primitive.name
         sweep = params["sweep"].jvp(params["flags"]) if name == "tangent" else params["sweep"]
-        is_forward, is_back = not params.get("is_kept", False), name != "forward" and sweep.sizes[2] > 0
+        is_forward, is_back = not params.get("has_checkpoints", False), name != "forward" and sweep.sizes[2] > 0
         n, size = self._trips(step), sweep.loops.residual_steps
         first_leaves, recomputed = 0.0, 1.0  # steps with residuals in the first run, and steps that run once more
         if math.isnan(n):
@@ -240,13 +240,13 @@ class Inlining:
             "hoist": 1.0,
             "cond": n * is_forward,
             "step": (n - first_leaves) * is_forward + (recomputed - later_leaves) * is_back,
-            "leaf": first_leaves * is_forward + later_leaves * is_back,
-            "pull": n * is_back,
+            "fwd": first_leaves * is_forward + later_leaves * is_back,
+            "bwd": n * is_back,
         }
         for part, count in runs.items():
             self._add_body(step, getattr(sweep, part), step.times * count, step.reads[: params["sweep"].sizes[0]])
         if is_back and is_forward:
-            step.kept_bytes = sum(map(nbytes, jax.tree.leaves(Kept.avals(sweep))))
+            step.kept_bytes = sum(map(nbytes, jax.tree.leaves(Checkpoints.avals(sweep))))
 
 
 def total(steps: Sequence[InlinedEqn]) -> Work:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..core import lanes
 from ..core.errors import ArgumentError, OptionError
 from ..core.graph import Graph
 from ..core.passes import run
@@ -56,9 +57,8 @@ def measured(graph: Graph, args: tuple, kwargs: dict) -> Callable[[Any, Path], f
         """The last x of a loop. Lanes of a batch that have finished stay as they are, as in JAX's own."""
 
         def step(state):
-            n, goes, x = state
-            lift = lambda y: jnp.reshape(goes, (*goes.shape, *[1] * (y.ndim - goes.ndim)))
-            x = [jnp.where(lift(new), new, old) if goes.shape else new for new, old in zip(body(x), x, strict=True)]
+            n, running, x = state
+            x = lanes.select(running, body(x), x)
             return n + 1, cond(x), x
 
         n, _, x = lax.while_loop(lambda state: jnp.any(state[1]), step, (jnp.int32(0), cond(list(x)), list(x)))

@@ -1,9 +1,9 @@
-"""Where NaN and infinities come from.
+"""The origin of NaN and infinities.
 
-origins       the way back from a result that is not finite, element by element
+backtracking  the way back from a result that is not finite, element by element
 dependencies  which elements of its operands an element is computed from
 iterations    single iterations of loops
-retracing     lanes, and lines of derivative rules
+lane_tracing  lanes, and lines of derivative rules
 remedies      what to write instead
-reporting     `nan_origin`, and the result that users see
+report        `nan_origin`, and the result that users see
 """

@@ -1,7 +1,7 @@
 """Which elements of its operands an element of a result is computed from, for JAX's operations.
 
-A rule is `rule(element) -> [index, ...]`, with one index of NumPy for each operand, None for one that is not read; operands that
-are left out at the end are not read either. An operation without a rule reads all of its operands.
+A rule is `rule(element) -> [index, ...]`, with a NumPy index for each operand that the element reads, and None for the others;
+operands that are missing at the end are not read. An operation without a rule reads all of its operands.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import _jax
 
-Index = Any  # what a NumPy array can be indexed with
+Index = Any  # of a NumPy array
 WHOLE = (Ellipsis,)
 
 
@@ -41,8 +41,8 @@ _RULES: dict[str, Callable[[Element], list[Index | None]]] = {}
 
 def reads(element: Element) -> list[Index | None]:
     """For each operand of its equation, what of it the element is computed from."""
-    found = _RULES.get(element.eqn.primitive.name, _everything)(element)
-    return [*found, *[None] * (len(element.values) - len(found))]
+    indices = _RULES.get(element.eqn.primitive.name, _everything)(element)
+    return [*indices, *[None] * (len(element.values) - len(indices))]
 
 
 def _rule(names: str) -> Callable:
@@ -66,7 +66,7 @@ def _everything(e: Element) -> list[Index | None]:
     reduce_precision copy copy_p real imag complex conj one_minus_square stop_gradient random_gamma_grad"""
 )
 def _elementwise(e: Element) -> list[Index | None]:
-    """At the same index, or at 0 along an axis of one element that stands for all."""
+    """At the same index, or at 0 along an axis of size one."""
     each = lambda shape: tuple(i if n > 1 else 0 for i, n in zip(e.index, shape, strict=False))
     return [each(np.shape(x)) for x in e.values]
 
@@ -98,16 +98,13 @@ def _broadcast(e: Element) -> list[Index | None]:
 
 @_rule("transpose")
 def _transposed(e: Element) -> list[Index | None]:
-    found = [0] * len(e.index)
-    for k, axis in enumerate(e.eqn.params["permutation"]):
-        found[axis] = e.index[k]
-    return [tuple(found)]
+    return [tuple(e.index[k] for k in np.argsort(e.eqn.params["permutation"]))]
 
 
 @_rule("rev")
 def _reversed(e: Element) -> list[Index | None]:
-    axes, sizes = e.eqn.params["dimensions"], np.shape(e.values[0])
-    return [tuple(n - 1 - i if k in axes else i for k, (i, n) in enumerate(zip(e.index, sizes, strict=True)))]
+    axes = e.eqn.params["dimensions"]
+    return [tuple(n - 1 - i if k in axes else i for k, (i, n) in enumerate(zip(e.index, e.shape, strict=True)))]
 
 
 @_rule("slice")
@@ -131,59 +128,63 @@ def _updated(e: Element) -> list[Index | None]:
 
 
 def _starts(values, shape, sizes):
-    """Where a window lies, which is moved to lie within."""
+    """The start of a window, clamped so that the window lies within the array."""
     return [min(max(int(a), 0), n - m) for a, n, m in zip(values, shape, sizes, strict=True)]
 
 
 @_rule("concatenate")
 def _concatenated(e: Element) -> list[Index | None]:
-    axis, at, found = e.eqn.params["dimension"], 0, []
+    axis, i, indices = e.eqn.params["dimension"], e.index[e.eqn.params["dimension"]], []
     for x in e.values:
-        inside, at = e.index[axis] - at, at + np.shape(x)[axis]
-        found.append((*e.index[:axis], inside, *e.index[axis + 1 :]) if 0 <= inside < np.shape(x)[axis] else None)
-    return found
+        size = np.shape(x)[axis]
+        indices.append(_replaced(e.index, axis, i) if 0 <= i < size else None)
+        i -= size
+    return indices
 
 
 @_rule("pad")
 def _padded(e: Element) -> list[Index | None]:
-    found = []
+    index: list[int] = []
     for i, n, (low, _, interior) in zip(e.index, np.shape(e.values[0]), e.eqn.params["padding_config"], strict=True):
-        at, rest = divmod(i - low, interior + 1)
-        found.append(at if rest == 0 and 0 <= at < n else None)
-    return [None, ()] if None in found else [tuple(found), None]
+        k, rest = divmod(i - low, interior + 1)
+        if rest or not 0 <= k < n:
+            return [None, ()]
+        index.append(k)
+    return [tuple(index), None]
 
 
 @_rule("reduce_sum reduce_prod reduce_max reduce_min argmax argmin reduce_and reduce_or")
 def _reduced(e: Element) -> list[Index | None]:
-    kept = iter(e.index)
-    axes = e.eqn.params["axes"]
-    return [tuple(slice(None) if k in axes else next(kept) for k in range(np.ndim(x))) for x in e.values[:1]]
+    rest, axes = iter(e.index), e.eqn.params["axes"]
+    return [tuple(slice(None) if k in axes else next(rest) for k in range(np.ndim(e.values[0])))]
 
 
 @_rule("cumsum cumprod cummax cummin cumlogsumexp")
 def _cumulative(e: Element) -> list[Index | None]:
-    axis, i = e.eqn.params["axis"], e.index[e.eqn.params["axis"]]
-    part = slice(i, None) if e.eqn.params["reverse"] else slice(0, i + 1)
-    return [(*e.index[:axis], part, *e.index[axis + 1 :])]
+    axis = e.eqn.params["axis"]
+    i = e.index[axis]
+    return [_replaced(e.index, axis, slice(i, None) if e.eqn.params["reverse"] else slice(0, i + 1))]
 
 
 @_rule("split")
 def _split(e: Element) -> list[Index | None]:
     axis = e.eqn.params["axis"]
-    start = sum(e.eqn.params["sizes"][: e.k])
-    return [(*e.index[:axis], start + e.index[axis], *e.index[axis + 1 :])]
+    return [_replaced(e.index, axis, sum(e.eqn.params["sizes"][: e.k]) + e.index[axis])]
 
 
 @_rule("sort")
 def _sorted(e: Element) -> list[Index | None]:
-    axis = e.eqn.params["dimension"]
-    row = (*e.index[:axis], slice(None), *e.index[axis + 1 :])
+    row = _replaced(e.index, e.eqn.params["dimension"], slice(None))
     return [row if k == e.k else None for k in range(len(e.values))]
 
 
 @_rule("top_k")
 def _row(e: Element) -> list[Index | None]:
     return [(*e.index[:-1], slice(None))]
+
+
+def _replaced(index: tuple[int, ...], axis: int, entry: Any) -> Index:
+    return (*index[:axis], entry, *index[axis + 1 :])
 
 
 @_rule("cholesky triangular_solve lu qr eigh svd")
@@ -194,17 +195,15 @@ def _matrix(e: Element) -> list[Index | None]:
 @_rule("dot_general")
 def _contracted(e: Element) -> list[Index | None]:
     contracting, batch = e.eqn.params["dimension_numbers"]
-    sides: list[Index | None] = []
-    at = len(batch[0])
-    for x, summed, shared in zip(e.values[:2], contracting, batch, strict=True):
-        part: list[Any] = [slice(None)] * np.ndim(x)
-        for k, axis in enumerate(shared):
-            part[axis] = e.index[k]
-        for axis in range(np.ndim(x)):
-            if axis not in (*summed, *shared):
-                part[axis], at = e.index[at], at + 1
-        sides.append(tuple(part))
-    return sides
+    shared, free = e.index[: len(batch[0])], iter(e.index[len(batch[0]) :])  # indices of the result: batch, lhs, rhs
+    entries: Any = [
+        {**dict.fromkeys(summed, slice(None)), **dict(zip(axes, shared, strict=True))}
+        for summed, axes in zip(contracting, batch, strict=True)
+    ]
+    return [
+        tuple(fixed[axis] if axis in fixed else next(free) for axis in range(np.ndim(x)))
+        for x, fixed in zip(e.values, entries, strict=True)
+    ]
 
 
 @_rule(
@@ -214,18 +213,17 @@ def _contracted(e: Element) -> list[Index | None]:
 def _differentiated(e: Element) -> list[Index | None]:
     """By the derivative of the operation where all values are equal and finite, so that ties count and nothing is masked."""
     is_float = list(map(is_inexact, e.values))
-    even = [
-        jax.numpy.full(np.shape(x), 0.75, jax.typeof(x).dtype) for x, f in zip(e.values, is_float, strict=True) if f
-    ]
+    avals = [jax.typeof(x) for x in filter(is_inexact, e.values)]
+    points = [jax.numpy.full(a.shape, 0.75, a.dtype) for a in avals]
 
-    def f(*some):
-        given = iter(some)
-        used = [next(given) if is_f else x for x, is_f in zip(e.values, is_float, strict=True)]
-        return _jax.bind(e.eqn.primitive, e.eqn.params, used)[0]
+    def f(*floats):
+        rest = iter(floats)
+        operands = [next(rest) if is_f else x for x, is_f in zip(e.values, is_float, strict=True)]
+        return _jax.bind(e.eqn.primitive, e.eqn.params, operands)[0]
 
     try:
-        out, pull = jax.vjp(f, *even)
-        found = iter(pull(jax.numpy.zeros_like(out).at[e.index].set(1)))
+        out, pullback = jax.vjp(f, *points)
+        cotangents = iter(pullback(jax.numpy.zeros_like(out).at[e.index].set(1)))
     except NotImplementedError:
         return _everything(e)
-    return [np.asarray(next(found)) != 0 if is_f else WHOLE for is_f in is_float]
+    return [np.asarray(next(cotangents)) != 0 if is_f else WHOLE for is_f in is_float]

@@ -1,4 +1,4 @@
-"""What to write instead, where an operation is known to make NaN or infinities of such operands."""
+"""What to write instead, for operations and operands that are known to give NaN or infinities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-# Operations whose derivatives are not finite everywhere that they are, and how each is masked.
+# Operations that are finite where their derivatives are not, and how each is masked.
 _MASKED = {
     "sqrt": "jnp.sqrt(jnp.where(ok, x, 1.0))",
     "log": "jnp.log(jnp.where(ok, x, 1.0))",
@@ -25,18 +25,16 @@ _SPECTRAL = ("eigh", "svd", "eig", "qr")
 
 
 def remedy(primitive: str, of: str | None, operands: Sequence[Any], result: Any) -> str | None:
-    """Words for what `primitive` made, in the derivative of `of` if that is given; None where there is nothing to say.
+    """A remedy for `primitive`, or for the derivative of `of`; None where no remedy is known.
 
     Args:
-      operands: `Elements` that it was made of. result: the element that was made.
+      operands: the `Elements` that it read. result: the element that it computed.
     """
     if any(x.name == "constant" and not np.isfinite(x.values).all() for x in operands if _is_float(x)):
         return "an array that the function closes over holds it: mend that"
     dtype, is_nan = result.dtype, bool(np.isnan(result.values[0]))
-    numbers = [np.array(x.values) for x in operands if _is_float(x)]
-    first, last = (numbers[0], numbers[-1]) if numbers else (np.zeros(0), np.zeros(0))
-    has = lambda x, test: x.size > 0 and bool(np.any(test(x)))
-    is_zero, is_negative = lambda x: x == 0, lambda x: x < 0
+    floats = [np.array(x.values) for x in operands if _is_float(x)]
+    first, last = (floats[0], floats[-1]) if floats else (np.zeros(0), np.zeros(0))
     if of in _SPECTRAL:
         return f"the derivative of {of} divides by differences of eigenvalues or singular values: keep them apart"
     if of in _MASKED:
@@ -52,18 +50,18 @@ def remedy(primitive: str, of: str | None, operands: Sequence[Any], result: Any)
                 "the logarithm of a negative number: jnp.log(jnp.maximum(x, eps)), or mask the operand with jnp.where"
             )
         return "the logarithm of 0: jnp.log(jnp.maximum(x, eps)); of a softmax, jax.nn.log_softmax"
-    if primitive in ("sqrt", "rsqrt") and has(first, is_negative):
+    if primitive in ("sqrt", "rsqrt") and (first < 0).any():
         return "the root of a negative number: jnp.sqrt(jnp.maximum(x, 0.0)), or mask the operand with jnp.where"
     if primitive in ("exp", "exp2", "expm1", "sinh", "cosh"):
         return (
             f"exp overflows {jnp.dtype(dtype).name}: subtract the maximum first, as jax.nn.softmax and jax.nn.logsumexp do; "
             "for log(1 + exp(x)), jax.nn.softplus"
         )
-    if primitive in ("div", "rem", "rsqrt") and has(last, is_zero):
+    if primitive in ("div", "rem", "rsqrt") and (last == 0).any():
         return "a division by 0: jnp.where(d == 0, 0.0, x / jnp.where(d == 0, 1.0, d))"
-    if primitive in ("pow", "integer_pow") and has(first, is_zero):
+    if primitive in ("pow", "integer_pow") and (first == 0).any():
         return "a negative power of 0: mask the operand with jnp.where before the power is taken"
-    if primitive == "pow" and has(first, is_negative):
+    if primitive == "pow" and (first < 0).any():
         return "a broken power of a negative number: jnp.abs(x) or jnp.maximum(x, 0.0) first"
     if primitive in ("asin", "acos", "atanh", "acosh", "erf_inv"):
         return f"{primitive} is not defined there: clip the operand, jnp.clip(x, -1 + eps, 1 - eps)"
@@ -77,11 +75,10 @@ def remedy(primitive: str, of: str | None, operands: Sequence[Any], result: Any)
         return (
             "an infinity less an infinity: of a mask of -inf some row is masked throughout; use a large finite number"
         )
-    if not is_nan and jnp.dtype(dtype).itemsize <= 2:
-        most = float(jnp.finfo(dtype).max)
-        return f"{jnp.dtype(dtype).name} ends at {most:.3g}: compute this in float32, or scale it down first"
-    if not is_nan and numbers:
-        return f"{jnp.dtype(dtype).name} ends at {float(jnp.finfo(dtype).max):.3g}: scale the operands down first"
+    is_half = jnp.dtype(dtype).itemsize <= 2
+    if not is_nan and (is_half or floats):
+        limit = f"{jnp.dtype(dtype).name} ends at {float(jnp.finfo(dtype).max):.3g}"
+        return f"{limit}: {'compute this in float32, or scale it' if is_half else 'scale the operands'} down first"
     return None
 
 

@@ -1,7 +1,8 @@
-"""Where one graph stands in another: `View`, a graph as nodes and values, and `matches`, the ways a small one fits a large one.
+"""Where one graph occurs in another: `View`, a graph as nodes and values, and `matches`, the embeddings of a pattern's view.
 
-A view looks through what says nothing of values: plain jits stand as their bodies, names and source lines do not count, what is
-computed twice is one value. Matching is syntactic otherwise, from the outputs backwards, modulo commutativity.
+A view is modulo what does not change values: it inlines plain jits, ignores names and source lines, and numbers values so that
+common subexpressions are one value (value numbering). Matching is syntactic otherwise, from the outputs backwards, modulo
+commutativity.
 
 Source: Baader & Nipkow 1998, Term Rewriting and All That, doi:10.1017/CBO9781139172752, chapters 4 (matching) and 10.3
 (commutative operations).
@@ -18,10 +19,10 @@ import numpy as np
 
 from ..core import _jax, subjaxprs
 
-LARGE = 1000  # equations: a jit of more is searched on its own, and not looked through
+MAX_INLINED_EQNS = 1000  # a jit of more equations is planned on its own
 COMMUTATIVE = frozenset({"add", "mul", "max", "min", "and", "or", "xor", "eq", "ne"})
-# Parameters that say nothing of what an equation computes; nor does `name` where it is that of a body, except a composite's.
-UNSAID = frozenset({"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "num_consts", "weak_type"})
+# Parameters without influence on the values of an equation; nor has `name` where it names a body, except a composite's.
+IGNORED_PARAMS = frozenset({"jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees", "num_consts", "weak_type"})
 
 
 def type_of(aval: Any) -> tuple:
@@ -30,27 +31,31 @@ def type_of(aval: Any) -> tuple:
 
 
 class Keys:
-    """Small numbers for what is equal: constants, parameters, bodies up to names, and so operations."""
+    """Small integers for classes of equal things: constants, parameters, alpha-equivalent bodies, operations."""
 
     def __init__(self) -> None:
         self.numbers: dict[Any, int] = {}
-        self.kept: dict[int, tuple[int, Any]] = {}  # by identity, of objects that it keeps alive
+        self.by_identity: dict[int, tuple[int, Any]] = {}  # of objects, which it keeps alive
 
     def __call__(self, *key: Any) -> int:
         """The number of a key."""
         return self.numbers.setdefault(key, len(self.numbers))
 
+    def _memoised(self, value: Any, key: Callable[[Any], tuple]) -> int:
+        if id(value) not in self.by_identity:
+            self.by_identity[id(value)] = self(*key(value)), value
+        return self.by_identity[id(value)][0]
+
     def operation(self, primitive: Any, params: Mapping[str, Any], avals: Sequence[Any]) -> int:
-        """A primitive with its parameters and the shapes and dtypes of its operands."""
+        """The number of a primitive with its parameters and the shapes and dtypes of its operands."""
         is_named = primitive.name == "composite" or not any(map(_is_jaxpr, params.values()))
-        unsaid = UNSAID if is_named else {*UNSAID, "name"}
-        said = ((k, self.parameter(v)) for k, v in sorted(params.items()) if k not in unsaid)
+        ignored = IGNORED_PARAMS if is_named else {*IGNORED_PARAMS, "name"}
+        numbers = ((k, self.parameter(v)) for k, v in sorted(params.items()) if k not in ignored)
         types = [self(a.shape, a.dtype) if hasattr(a, "dtype") else self(a) for a in avals]
-        types = sorted(types) if name_of(primitive) in COMMUTATIVE else types
-        return self("operation", name_of(primitive), *said, *types)
+        return self("operation", name_of(primitive), *numbers, *in_any_order(primitive, types))
 
     def parameter(self, value: Any) -> Any:
-        """A parameter of an equation."""
+        """The number of a parameter of an equation."""
         if _is_jaxpr(value):
             return self.body(value)
         if isinstance(value, tuple | list):
@@ -63,31 +68,28 @@ class Keys:
             return self.const(value)
 
     def const(self, value: Any) -> int:
-        """A number by its dtype and bits; an array by identity, and so what has no bits, such as a tracer or a key."""
-        if id(value) not in self.kept:
-            bits = _bits(value) if getattr(value, "size", 1) == 1 else None
-            self.kept[id(value)] = self("const", bits or id(value)), value
-        return self.kept[id(value)][0]
+        """The number of a scalar by its dtype and bits; of an array, a tracer and a key by identity."""
+        bits = lambda x: _bits(x) if getattr(x, "size", 1) == 1 else None
+        return self._memoised(value, lambda x: ("const", bits(x) or id(x)))
 
     def body(self, jaxpr: Any) -> int:
-        """A sub-jaxpr up to the names of its variables (alpha-equivalence)."""
-        if id(jaxpr) not in self.kept:
-            inner, numbers = getattr(jaxpr, "jaxpr", jaxpr), dict[Any, int]()
-            number = lambda v: (
-                (self.const(v.val),) if isinstance(v, _jax.Literal) else numbers.setdefault(v, len(numbers))
-            )
-            listed = lambda atoms: tuple(map(number, atoms))
-            key = [listed([*inner.constvars, *inner.invars]), *map(self.const, getattr(jaxpr, "consts", ()))]
-            for e in inner.eqns:
-                operation = self.operation(e.primitive, e.params, [v.aval for v in e.invars])
-                key.append((operation, listed(e.invars), listed(e.outvars)))
-            types = tuple(self(v.aval) for v in (*inner.constvars, *inner.invars))
-            self.kept[id(jaxpr)] = self("body", types, *key, listed(inner.outvars)), jaxpr
-        return self.kept[id(jaxpr)][0]
+        """The number of a sub-jaxpr up to the names of its variables (alpha-equivalence)."""
+        return self._memoised(jaxpr, self._body_key)
+
+    def _body_key(self, closed: Any) -> tuple:
+        jaxpr, numbers = getattr(closed, "jaxpr", closed), dict[Any, int]()
+        number = lambda v: (self.const(v.val),) if isinstance(v, _jax.Literal) else numbers.setdefault(v, len(numbers))
+        numbered = lambda atoms: tuple(map(number, atoms))
+        inputs = [*jaxpr.constvars, *jaxpr.invars]
+        key = [numbered(inputs), *map(self.const, getattr(closed, "consts", ()))]
+        for e in jaxpr.eqns:
+            operation = self.operation(e.primitive, e.params, [v.aval for v in e.invars])
+            key.append((operation, numbered(e.invars), numbered(e.outvars)))
+        return "body", tuple(self(v.aval) for v in inputs), *key, numbered(jaxpr.outvars)
 
 
 def _bits(value: Any) -> tuple | None:
-    """Shape, dtype and bits of a constant that has some."""
+    """Shape, dtype and bits of a constant; None for tracers, keys and objects."""
     try:
         x = None if isinstance(value, jax.core.Tracer) else np.asarray(value, getattr(value, "dtype", None))
     except (TypeError, ValueError):
@@ -100,12 +102,17 @@ def _is_jaxpr(x: Any) -> bool:
 
 
 def name_of(primitive: Any) -> str:
-    """A primitive's name; sums are sums, also those of the backward pass."""
+    """A primitive's name; the backward pass has a primitive of its own for sums."""
     return "add" if primitive.name == "add_any" else primitive.name
 
 
+def in_any_order(primitive: Any, numbers: list[int]) -> list[int]:
+    """The numbers of operands, sorted where their order does not matter."""
+    return sorted(numbers) if name_of(primitive) in COMMUTATIVE else numbers
+
+
 def is_folded(primitive: Any, params: Mapping[str, Any], aval: Any) -> bool:
-    """Whether an operation may be none: a conversion of a number, which JAX folds, or one to the same shape and dtype."""
+    """Whether an operation may be an identity: a conversion of a number, which JAX folds, or one to the same shape and dtype."""
     if primitive.name == "convert_element_type":
         return params["new_dtype"] == aval.dtype or aval.shape == ()
     if primitive.name == "broadcast_in_dim":
@@ -121,8 +128,8 @@ class Value:
     """A value of a view: output `index` of `node`, or the constant `const`, or an input.
 
     Attributes:
-      number: equal for values that are computed alike from the same.
-      users: the nodes and calls that read it; None for the world outside.
+      number: the value number, equal for common subexpressions.
+      users: the nodes and calls that read it; None for the outputs of the view.
     """
 
     aval: Any
@@ -135,20 +142,20 @@ class Value:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """An equation of a view: its operation's key, its place in program order, the calls that it stands in."""
+    """An equation of a view: the key of its operation, its place in program order, the inlined calls around it."""
 
     eqn: Any
     key: int
     at: int
     calls: tuple[Level, ...]
     inputs: list[Value]
-    plans: list[Any]  # for its sub-jaxprs
+    plans: list[Any]  # of its sub-jaxprs
     outputs: list[Value] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
 class Level:
-    """A jaxpr as it stands in a view; that of a call, which is a jit that the view looks into, has its equation."""
+    """A jaxpr in a view; `eqn` is the jit whose body it is, an inlined call, and None for the view's own jaxpr."""
 
     jaxpr: Any
     eqn: Any
@@ -163,16 +170,16 @@ class View:
     Args:
       keys: shared by the views that are compared.
       jaxpr: closed.
-      known: for each input, the constant that it is, or None.
-      inside: called with each equation that has sub-jaxprs, and its operands. It returns the plans for them, or None for a
-        plain jit that is to be looked into.
+      consts: for each input, its constant, or None.
+      plan_bodies: called with each equation that has sub-jaxprs, and its operands. It returns their plans, or None for a
+        plain jit to inline.
     """
 
-    def __init__(self, keys: Keys, jaxpr: Any, known: Sequence[Any], inside: Callable[[Any, list[Value]], Any]):
-        self.keys, self.inside = keys, inside
+    def __init__(self, keys: Keys, jaxpr: Any, consts: Sequence[Any], plan_bodies: Callable[[Any, list[Value]], Any]):
+        self.keys, self.plan_bodies = keys, plan_bodies
         self.nodes: list[Node] = []
         self.by_key: dict[int, list[Node]] = {}
-        inputs = [self._value(v.aval, c) for v, c in zip(jaxpr.jaxpr.invars, known, strict=True)]
+        inputs = [self._value(v.aval, c) for v, c in zip(jaxpr.jaxpr.invars, consts, strict=True)]
         self.level = self._enter(None, jaxpr, inputs, ())
         for value in self.level.outputs:
             value.users.append(None)
@@ -184,25 +191,24 @@ class View:
     def _read(self, level: Level, atom: Any) -> Value:
         return self._value(atom.aval, atom.val) if isinstance(atom, _jax.Literal) else level.values[atom]
 
-    def _enter(self, call: Any, jaxpr: Any, inputs: list[Value], calls: tuple[Level, ...]) -> Level:
-        inner = jaxpr.jaxpr
-        level = Level(inner, call, dict(zip(inner.invars, inputs, strict=True)))
+    def _enter(self, call: Any, closed: Any, inputs: list[Value], calls: tuple[Level, ...]) -> Level:
+        jaxpr = closed.jaxpr
+        level = Level(jaxpr, call, dict(zip(jaxpr.invars, inputs, strict=True)))
         calls = (*calls, level) if call else ()
-        level.values.update((v, self._value(v.aval, c)) for v, c in zip(inner.constvars, jaxpr.consts, strict=True))
-        for eqn in inner.eqns:
+        level.values.update((v, self._value(v.aval, c)) for v, c in zip(jaxpr.constvars, closed.consts, strict=True))
+        for eqn in jaxpr.eqns:
             operands = [self._read(level, v) for v in eqn.invars]
             bodies = subjaxprs.bodies(eqn)
-            plans = self.inside(eqn, operands) if bodies else []
-            item = (
-                self._enter(eqn, bodies[0].jaxpr, operands, calls)
-                if plans is None
-                else self._node(eqn, operands, calls, plans)
-            )
+            plans = self.plan_bodies(eqn, operands) if bodies else []
+            if plans is None:
+                item: Node | Level = self._enter(eqn, bodies[0].jaxpr, operands, calls)
+            else:
+                item = self._node(eqn, operands, calls, plans)
             level.items.append(item)
             level.values.update(zip(eqn.outvars, item.outputs, strict=True))
             for value in operands:
                 value.users.append(item)
-        level.outputs = [self._read(level, v) for v in inner.outvars]
+        level.outputs = [self._read(level, v) for v in jaxpr.outvars]
         return level
 
     def _node(self, eqn: Any, operands: list[Value], calls: tuple[Level, ...], plans: list[Any]) -> Node:
@@ -218,13 +224,11 @@ class View:
             if x.const is not None and not isinstance(x.const, jax.core.Tracer):
                 node.outputs = [self._value(aval, np.asarray(x.const).astype(aval.dtype))]
                 return node
-        numbers = [v.number for v in operands]
-        numbers = sorted(numbers) if name_of(eqn.primitive) in COMMUTATIVE else numbers
-        is_one = (
-            eqn.effects or eqn.primitive.name in subjaxprs.WITH_DERIVATIVES
-        )  # others of its kind may have other rules
-        how = self.keys("computed", id(node) if is_one else None, node.key, *numbers)
-        node.outputs = [Value(v.aval, self.keys("output", how, k), node, k) for k, v in enumerate(eqn.outvars)]
+        numbers = in_any_order(eqn.primitive, [v.number for v in operands])
+        # Effects happen once each; functions with equal bodies may have other derivative rules.
+        is_unique = eqn.effects or eqn.primitive.name in subjaxprs.WITH_DERIVATIVES
+        number = self.keys("computed", id(node) if is_unique else None, node.key, *numbers)
+        node.outputs = [Value(v.aval, self.keys("output", number, k), node, k) for k, v in enumerate(eqn.outvars)]
         return node
 
 
@@ -232,15 +236,15 @@ class View:
 
 
 def matches(pattern: View, view: View, root: Node) -> Iterator[dict[Value, Value]]:
-    """The ways in which `pattern` stands in `view` with its first output computed by `root`.
+    """The embeddings of `pattern` in `view` with its first output computed by `root`.
 
     Yields:
-      the view's value for each value of the pattern that its outputs need; its inputs may be any values, constants too.
+      the view's value for each value of the pattern that its outputs depend on; its inputs may be any values, constants too.
     """
     outputs = pattern.level.outputs
     todo: list[tuple] = [(((outputs[0], root.outputs[outputs[0].index]), ()), {})]
-    while todo:
-        goals, bound = todo.pop()  # pairs that must fit, as a linked list, and those that do
+    while todo:  # invariant: each entry is a partial embedding `bound`, and the pairs still to be bound, a linked list
+        goals, bound = todo.pop()
         while goals:
             (p, v), goals = goals
             if p in bound:
@@ -278,7 +282,7 @@ def _fits(p: Value, v: Value) -> bool:
 
 
 def _is_equal(a: Any, b: Any) -> bool:
-    """Whether two constant arrays are equal to the bit; they are read only if their types are."""
+    """Whether two constant arrays are equal to the bit; their elements are compared only if their types are equal."""
     return jax.typeof(a) == jax.typeof(b) and _bits(a) is not None and _bits(a) == _bits(b)
 
 
@@ -286,17 +290,17 @@ def _is_equal(a: Any, b: Any) -> bool:
 
 
 class Form(NamedTuple):
-    """The pattern for one choice of types."""
+    """The pattern, traced for one choice of types."""
 
     view: View
     inputs: list[Value]
-    size: int  # how many values its outputs need
+    size: int  # the number of values that its outputs depend on
     tree: Any
     name: str
 
 
 class Match(NamedTuple):
-    """Where a form stands: its inputs, its outputs, and all nodes that compute these."""
+    """An occurrence of a form: its inputs, its outputs, and all nodes that compute the outputs."""
 
     form: Form
     inputs: list[Value]
@@ -306,23 +310,29 @@ class Match(NamedTuple):
 
 @dataclass(eq=False)
 class Plan:
-    """What becomes of a level: where the replacement is called, which calls are opened, which nodes are gone."""
+    """What becomes of a level.
+
+    Attributes:
+      matches: the match to replace, by the first node that computes an output of it. replaced: the outputs of all matches.
+      opened: the calls that are inlined. gone: the nodes that nothing needs any more.
+      count, at: the number of matches and their lines and scopes, those in sub-jaxprs too.
+      staged: the new jaxprs, by trace context.
+    """
 
     view: View
-    matches: dict[Node, Match] = field(default_factory=dict)  # by the first node that computes an output
+    matches: dict[Node, Match] = field(default_factory=dict)
     replaced: set[Value] = field(default_factory=set)
     opened: set[Level] = field(default_factory=set)
     gone: set[Node] = field(default_factory=set)
     count: int = 0
-    at: dict[tuple[str, str], None] = field(default_factory=dict)  # line and scopes
+    at: dict[tuple[str, str], None] = field(default_factory=dict)
     staged: dict[Any, subjaxprs.Lifted] = field(default_factory=dict)
 
     def take(self, match: Match) -> bool:
-        """Enter a match, unless an earlier one replaces some of it, or its inputs come after its first output."""
+        """Enter a match, unless it overlaps an earlier one, or an input comes after its first output."""
         first = min((v.node for v in match.outputs), key=lambda node: node.at)
-        if any(v in self.replaced for node in match.nodes for v in node.outputs):
-            return False
-        if any(v.node and v.node.at >= first.at for v in match.inputs):
+        overlaps = any(v in self.replaced for node in match.nodes for v in node.outputs)
+        if overlaps or any(v.node and v.node.at >= first.at for v in match.inputs):
             return False
         self.matches[first] = match
         self.replaced.update(match.outputs)
@@ -332,25 +342,25 @@ class Plan:
         return True
 
     def finish(self) -> None:
-        """Find what nobody needs any more, count the matches and note where they stand."""
-        for node in reversed(self.view.nodes):
+        """Find the dead nodes, count the matches and note their lines."""
+        for node in reversed(self.view.nodes):  # invariant: `gone` has the dead nodes after this one
             if self._is_gone(node):
                 self.gone.add(node)
         self.count = len(self.matches)
         for node in self.view.nodes:
             eqns = [*(call.eqn for call in node.calls), node.eqn]
-            around = _joined(*map(_jax.scope_of, eqns))
+            scopes = _joined(*map(_jax.scope_of, eqns))
             if node in self.matches:
-                self.at[where(eqns), around] = None
+                self.at[where(eqns), scopes] = None
             for plan in node.plans if node not in self.gone else ():
                 self.count += plan.count
-                self.at.update(((line, _joined(around, scopes)), None) for line, scopes in plan.at)
+                self.at.update(((line, _joined(scopes, below)), None) for line, below in plan.at)
 
     def _is_gone(self, node: Node) -> bool:
         if node.eqn.effects or not self.opened.issuperset(node.calls) or not any(v.users for v in node.outputs):
             return False
-        is_done = lambda user: user is node or user in self.gone or user in self.opened
-        return all(all(map(is_done, v.users)) for v in node.outputs if not self.is_new(node, v))
+        is_dead = lambda user: user is node or user in self.gone or user in self.opened
+        return all(all(map(is_dead, v.users)) for v in node.outputs if not self.is_new(node, v))
 
     def is_new(self, node: Node, value: Value) -> bool:
         """Whether a node's output comes from a replacement."""
@@ -358,40 +368,41 @@ class Plan:
 
 
 class Planner:
-    """Plans level by level, inner levels first; sub-jaxprs of the same constants once."""
+    """Plans level by level, sub-jaxprs first; each sub-jaxpr once per constants of its inputs."""
 
     def __init__(self, keys: Keys, forms: list[Form]):
         self.keys = keys
         self.roots: dict[int, list[Form]] = {}
-        for form in sorted(forms, key=lambda form: -form.size):  # the longest match first
+        for form in sorted(forms, key=lambda form: -form.size):  # the largest match first
             self.roots.setdefault(form.view.level.outputs[0].node.key, []).append(form)
         self.memo: dict[Any, Plan] = {}
 
-    def plan(self, jaxpr: Any, known: Sequence[Any]) -> Plan:
-        """The plan of a closed jaxpr; `known` has for each input the constant that it is, or None."""
-        key = (id(jaxpr.jaxpr), *(None if c is None else self.keys.const(c) for c in (*jaxpr.consts, *known)))
+    def plan(self, jaxpr: Any, consts: Sequence[Any]) -> Plan:
+        """The plan of a closed jaxpr; `consts` has for each input its constant, or None."""
+        key = (id(jaxpr.jaxpr), *(None if c is None else self.keys.const(c) for c in (*jaxpr.consts, *consts)))
         if key not in self.memo:
-            self.memo[key] = plan = Plan(View(self.keys, jaxpr, known, self._inside))
+            self.memo[key] = plan = Plan(View(self.keys, jaxpr, consts, self._plan_bodies))
             for node in plan.view.nodes:
-                found = (
-                    Match(form, [bound[v] for v in form.inputs], [bound[v] for v in form.view.level.outputs],
-                           [v.node for p, v in bound.items() if p.node])
-                    for form in self.roots.get(node.key, ())
-                    for bound in matches(form.view, plan.view, node)
-                )  # fmt: skip
-                any(map(plan.take, found))
+                any(map(plan.take, self._matches(plan.view, node)))
             plan.finish()
         return self.memo[key]
 
-    def _inside(self, eqn: Any, operands: list[Value]) -> list[Plan] | None:
-        """The plans of an equation's sub-jaxprs; None for a jit that is small and holds no match, or nothing else."""
-        known = [[v and v.const for v in values] for values in subjaxprs.invariant_operands(eqn, operands)]
-        plans = [self.plan(body.jaxpr, k) for body, k in zip(subjaxprs.bodies(eqn), known, strict=True)]
+    def _matches(self, view: View, root: Node) -> Iterator[Match]:
+        for form in self.roots.get(root.key, ()):
+            for bound in matches(form.view, view, root):
+                nodes = [v.node for p, v in bound.items() if p.node]
+                outputs = [bound[v] for v in form.view.level.outputs]
+                yield Match(form, [bound[v] for v in form.inputs], outputs, nodes)
+
+    def _plan_bodies(self, eqn: Any, operands: list[Value]) -> list[Plan] | None:
+        """The plans of an equation's sub-jaxprs; None for a small plain jit without matches, or with nothing but matches."""
+        consts = [[v and v.const for v in values] for values in subjaxprs.invariant_operands(eqn, operands)]
+        plans = [self.plan(body.jaxpr, c) for body, c in zip(subjaxprs.bodies(eqn), consts, strict=True)]
         if not subjaxprs.is_plain(eqn):
             return plans
-        nodes = plans[0].view.nodes
-        looks = len(nodes) <= LARGE and (not plans[0].count or len(plans[0].gone) == len(nodes))
-        return None if looks else plans
+        n_nodes = len(plans[0].view.nodes)
+        is_small = n_nodes <= MAX_INLINED_EQNS
+        return None if is_small and (not plans[0].count or len(plans[0].gone) == n_nodes) else plans
 
 
 def _joined(*scopes: str) -> str:
@@ -399,6 +410,5 @@ def _joined(*scopes: str) -> str:
 
 
 def where(eqns: Sequence[Any]) -> str:
-    """The user's line that made an equation, the last of these that has one; those before are the calls around it."""
-    lines = [line for eqn in eqns for line in _jax.source_lines(eqn)]
-    return "{}:{} ({})".format(*lines[-1]) if lines else "an unknown line"
+    """The user's line of the last equation that has one; the equations before it are the calls around it."""
+    return next(filter(None, map(_jax.line_of, reversed(eqns))), "an unknown line")

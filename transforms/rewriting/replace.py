@@ -2,11 +2,11 @@
 
 Three steps, each a section of this page:
 
-- **Forms.** What a pattern traces to depends on the types of its arguments. It is traced for types of the graph's values, those
-  that lead to operations the graph has; each is a form of the pattern.
-- **Plans.** Each form is matched against each equation of a level, which is a graph or a sub-jaxpr with small jits looked
-  through. The plan of a level says which matches are replaced and what nobody needs then.
-- **The new graph** is the old one evaluated again as the plans say, with JAX tracing it.
+- **Forms.** The jaxpr of a pattern depends on the types of its arguments. It is traced for types of the graph's values that lead
+  to operations of the graph; each of these jaxprs is a form of the pattern.
+- **Plans.** Each form is matched against each equation of a level: a graph or a sub-jaxpr, with small jits inlined. The plan of
+  a level holds the matches to replace and the nodes that are dead then.
+- **The new graph** is the old one, evaluated by its plans while JAX traces it.
 
 Source: patterns as traced functions are an idea of torch.fx (`replace_pattern`); see `matching` for the algorithm.
 """
@@ -14,6 +14,7 @@ Source: patterns as traced functions are an idea of torch.fx (`replace_pattern`)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,11 +34,11 @@ from .matching import Form, Keys, Level, Match, Node, Plan, Planner, Value, View
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Replaced(Graph):
-    """The graph that `replace` made, and what it replaced.
+    """The graph that `replace` returns, and the matches that it replaced.
 
     Attributes:
-      count: the number of matches, each counted wherever it stands in the graph, as `walk` goes.
-      at: the user's lines, with scopes, where matches stood, in program order; each line once.
+      count: the number of matches; in a sub-jaxpr as often as `walk` visits it.
+      at: the user's lines of the matches, with scopes, in program order; each line once.
     """
 
     count: int = 0
@@ -48,12 +49,12 @@ class Replaced(Graph):
 
 
 def replace(graph: Graph, pattern: Callable, replacement: Callable) -> Replaced:
-    """Replace what computes the same as a pattern, at any depth of sub-jaxprs.
+    """Replace each occurrence of a pattern, at any depth of sub-jaxprs.
 
-    A match is what the pattern computes, of any values in the place of its parameters, with the operands of commutative
-    operations in either order, whatever is computed twice or once, and however `jax.jit` wraps it. The replacement
-    computes its outputs instead; what else the graph needs of it stays. In program order each output is replaced once;
-    matches inside a sub-jaxpr go first. What the replacement computes is not searched again.
+    A match computes what the pattern computes, of any values in the place of its parameters, with the operands of commutative
+    operations in either order, with or without common subexpressions, and with any use of `jax.jit`. The replacement computes
+    its outputs instead; values of a match that are used elsewhere stay. In program order each output is replaced once;
+    matches inside a sub-jaxpr go first. The equations of a replacement are not searched again.
 
     Args:
       graph: the graph.
@@ -64,7 +65,7 @@ def replace(graph: Graph, pattern: Callable, replacement: Callable) -> Replaced:
     Returns:
       The graph of the same inputs and outputs, with the number of matches as `count`; the same program where there are none.
     Raises:
-      ArgumentError: `graph` is no Graph, or the two functions do not take the same parameters. Also a TypeError.
+      ArgumentError: `graph` is not a Graph, or the two functions do not take the same parameters. Also a TypeError.
       GraphError: the pattern computes nothing, has effects or leaves a parameter unused; or the replacement returns other
         types than a match has. Also a ValueError.
 
@@ -90,7 +91,7 @@ def replace(graph: Graph, pattern: Callable, replacement: Callable) -> Replaced:
 
 
 def _parameters(graph: Any, pattern: Any, replacement: Any) -> list[str]:
-    """The names of the free variables, if the arguments of `replace` are what they must be."""
+    """The names of the free variables; raises for wrong arguments of `replace`."""
     if not isinstance(graph, Graph):
         hint = "fg.trace(f, *args) makes one"
         raise ArgumentError(f"replace takes a Graph, and got {type(graph).__name__}.", hint=hint)
@@ -100,17 +101,15 @@ def _parameters(graph: Any, pattern: Any, replacement: Any) -> list[str]:
     free = [p for p in inspect.signature(pattern).parameters.values() if p.default is p.empty]
     for p in free:
         if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD):
-            raise ArgumentError(
-                f"the pattern {name_of(pattern)} takes {p}, and free variables are positional parameters.",
-                at=location(pattern),
-                hint="name each: lambda x, y: ...",
-            )
+            what = f"the pattern {name_of(pattern)} takes {p}, and free variables are positional parameters."
+            raise ArgumentError(what, at=location(pattern), hint="name each: lambda x, y: ...")
     names, signature = [p.name for p in free], inspect.signature(replacement)
     try:
-        given = list(signature.bind(*names).arguments)
+        bound_names = list(signature.bind(*names).arguments)
     except TypeError:
-        given = []
-    if (names and not given) or (given != names and set(given) == set(names)):
+        bound_names = []
+    is_reordered = bound_names != names and set(bound_names) == set(names)
+    if is_reordered or (names and not bound_names):
         raise ArgumentError(
             f"the pattern {name_of(pattern)} takes ({', '.join(names)}), "
             f"and the replacement {name_of(replacement)} takes {signature}.",
@@ -123,28 +122,25 @@ def _parameters(graph: Any, pattern: Any, replacement: Any) -> list[str]:
 # ------------------------------------------------------------------------------------------------ forms
 
 
-class _Needed(BaseException):
-    """The pattern asks for the type of parameter `k`, which has none yet. No pattern catches it."""
+class _TypeNeeded(BaseException):
+    """The pattern reads the type of a parameter, which has none yet. A BaseException, so that no pattern catches it."""
+
+
+class _NotInGraph(BaseException):
+    """The pattern binds an operation that the graph does not have."""
+
+
+class _Untyped(jax.core.Tracer):
+    """Parameter `k` before it has a type."""
+
+    __slots__ = ("k",)
 
     def __init__(self, k: int):
         self.k = k
 
-
-class _Unknown(jax.core.Tracer):
-    """A value of unknown type: asking for the type raises `question`."""
-
-    __slots__ = ("question",)
-    aval = property(lambda self: self._raise())  # type: ignore[assignment]
-
-    def __init__(self, question: BaseException):
-        self.question = question
-
-    def _raise(self):
-        raise self.question
-
-
-class _Absent(BaseException):
-    """The pattern computes what the graph does not."""
+    @property
+    def aval(self):
+        raise _TypeNeeded(self.k)
 
 
 class _Checked(Pass):
@@ -171,102 +167,113 @@ class _Checked(Pass):
 def _forms(graph: Graph, pattern: Callable, names: list[str], keys: Keys) -> list[Form]:
     """The pattern for all choices of types that lead to operations of the graph.
 
-    A parameter is given a type when the pattern first asks for it, so most choices fail before others are made.
+    Depth-first search: a parameter has no type until the pattern reads it, so most choices fail early.
     """
     types, check = _vocabulary(graph, pattern, keys)
-    forms, slip = [], None
-    todo: list[dict[int, Any]] = [{}]
+    form = functools.partial(_form, graph, pattern, names, keys)
+    forms, mistake = [], None
+    choices: list[dict[int, Any]] = [{}]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what JAX thinks of types that nobody chose
-        while todo:
-            chosen: dict[int, Any] = todo.pop()
+        warnings.simplefilter("ignore")  # JAX's warnings about types that the user did not choose
+        while choices:  # invariant: all forms are in `forms`, or extend one of the `choices`
+            choice = choices.pop()
             try:
-                forms.append(_form(graph, pattern, names, keys, chosen, check))
-            except _Needed as e:
-                todo += [{**chosen, e.k: t} for t in reversed(types)]
-            except _Absent:
-                pass
-            except GraphError:  # unless it is right for other types: a reshape, say, may be none for these
-                others = {k: t.update(shape=tuple(2 * d + 1 for d in t.shape) or (3,)) for k, t in chosen.items()}
+                forms.append(form(choice, check))
+            except _TypeNeeded as e:
+                choices += [{**choice, e.args[0]: t} for t in reversed(types)]
+            except GraphError:  # may be a fault of these types alone: a reshape, say, may be an identity for them
+                doubled = {k: t.update(shape=tuple(2 * d + 1 for d in t.shape) or (3,)) for k, t in choice.items()}
                 try:
-                    _form(graph, pattern, names, keys, others, lambda *_: None)
+                    form(doubled, lambda *_: None)
                 except GraphError:
                     raise
-                except (Exception, _Needed):
+                except (Exception, _TypeNeeded):
                     pass
-            except (NameError, ImportError, AttributeError) as e:  # a slip of the pen, unless it asks this of a value
-                slip = slip or (None if isinstance(getattr(e, "obj", None), jax.core.Tracer) else e)
-            except Exception:  # the pattern is not of these types
+            except (
+                NameError,
+                ImportError,
+                AttributeError,
+            ) as e:  # a mistake in the pattern, unless it is about a value
+                is_about_value = isinstance(getattr(e, "obj", None), jax.core.Tracer)
+                mistake = mistake or (None if is_about_value else e)
+            except (Exception, _NotInGraph):  # the pattern is not defined for these types, or matches nothing
                 pass
-    if slip is not None and not forms:
-        raise slip
+    if mistake is not None and not forms:
+        raise mistake
     return forms
 
 
 def _vocabulary(graph: Graph, pattern: Callable, keys: Keys) -> tuple[list[Any], Callable]:
-    """The types of the graph's operands, and a check that it has an operation on operands of given types."""
+    """The types of the graph's operands, and a check that it has an operation on operands of some types."""
     types: dict[tuple, None] = {}
     operations: set[int] = set()
-    seen: set[int] = set()
+    visited: set[int] = set()
 
     def operation(eqn, avals):
         return keys.operation(eqn.primitive, {} if subjaxprs.bodies(eqn) else eqn.params, avals)
 
-    def collect(jaxpr):
-        seen.add(id(jaxpr.jaxpr))
-        for eqn in jaxpr.jaxpr.eqns:
+    def visit(jaxpr):
+        if id(jaxpr) in visited:
+            return
+        visited.add(id(jaxpr))
+        for eqn in jaxpr.eqns:
             avals = [v.aval for v in eqn.invars]
             operations.add(operation(eqn, avals))
             types.update(dict.fromkeys(type_of(a) for a in avals if isinstance(a, jax.core.ShapedArray)))
             for body in subjaxprs.bodies(eqn):
-                if id(body.jaxpr.jaxpr) not in seen:
-                    collect(body.jaxpr)
+                visit(body.jaxpr.jaxpr)
 
     def check(primitive, params, avals):
         eqn = Bound(primitive, params, None)
         if subjaxprs.is_plain(eqn):
-            for inner in params["jaxpr"].jaxpr.eqns:
-                check(inner.primitive, inner.params, [v.aval for v in inner.invars])
+            for e in params["jaxpr"].jaxpr.eqns:
+                check(e.primitive, e.params, [v.aval for v in e.invars])
         elif not (avals and is_folded(primitive, params, avals[0])) and operation(eqn, avals) not in operations:
             if primitive.abstract_eval(*avals, **params)[1]:
-                raise _wrong(pattern, "has effects", "match what is computed: no prints, callbacks or references")
-            raise _Absent
+                raise _has_effects(pattern)
+            raise _NotInGraph
 
-    collect(graph.jaxpr)
+    visit(graph.jaxpr.jaxpr)
     return [jax.core.ShapedArray(shape, dtype, weak_type=weak) for shape, dtype, weak in types], check
 
 
-def _form(graph: Graph, pattern: Callable, names: list[str], keys: Keys, chosen: dict, check: Callable) -> Form:
-    order, trees = sorted(chosen), []
+def _form(graph: Graph, pattern: Callable, names: list[str], keys: Keys, choice: dict, check: Callable) -> Form:
+    """The pattern for a choice of types, by the position of a parameter."""
+    order, trees = sorted(choice), []
 
     def flat(*values):
-        known = dict(zip(order, values, strict=True))
-        args = [known[k] if k in known else _Unknown(_Needed(k)) for k in range(len(names))]
+        typed = dict(zip(order, values, strict=True))
+        args = [typed.get(k, _Untyped(k)) for k in range(len(names))]
         with driven(_Checked(check)):
             leaves, tree = tree_flatten(pattern(*args))
         trees.append(tree)
         return leaves
 
-    jaxpr = _jax.stage_flat(flat, [chosen[k] for k in order], _jax.unnamed(graph.jaxpr.jaxpr))
+    jaxpr = _jax.stage_flat(flat, [choice[k] for k in order], _jax.unnamed(graph.jaxpr.jaxpr))
     if jaxpr.jaxpr.effects:
-        raise _wrong(pattern, "has effects", "match what is computed: no prints, callbacks or references")
+        raise _has_effects(pattern)
     view = View(keys, jaxpr, [None] * len(order), lambda eqn, _: None if subjaxprs.is_plain(eqn) else [])
-    if not view.level.outputs or not all(v.node for v in view.level.outputs):
+    outputs = view.level.outputs
+    if not outputs or not all(v.node for v in outputs):
         hint = "return what operations on the parameters give, and nothing else"
         raise _wrong(pattern, "returns a value that it does not compute", hint)
-    reached: set[Value] = set()
-    front = list(view.level.outputs)
-    while front:
-        value = front.pop()
-        if value not in reached:
-            reached.add(value)
-            front += value.node.inputs if value.node else []
+    needed: set[Value] = set()
+    stack = list(outputs)
+    while stack:  # invariant: `needed` is closed under operands, but for the values on the stack
+        value = stack.pop()
+        if value not in needed:
+            needed.add(value)
+            stack += value.node.inputs if value.node else []
     inputs = [view.level.values[v] for v in jaxpr.jaxpr.invars]
-    unused = [name for k, name in enumerate(names) if k not in chosen or inputs[order.index(k)] not in reached]
+    unused = [name for k, name in enumerate(names) if k not in choice or inputs[order.index(k)] not in needed]
     if unused:
         hint = "a match says what each parameter is: use it, or leave it out of both functions"
         raise _wrong(pattern, f"does not use {', '.join(unused)}", hint)
-    return Form(view, inputs, len(reached), trees[-1], name_of(pattern))
+    return Form(view, inputs, len(needed), trees[-1], name_of(pattern))
+
+
+def _has_effects(pattern: Callable) -> GraphError:
+    return _wrong(pattern, "has effects", "match what is computed: no prints, callbacks or references")
 
 
 def _wrong(pattern: Callable, what: str, hint: str) -> GraphError:

@@ -1,12 +1,12 @@
 """The primitives of a differentiable loop, and what each transform makes of them.
 
-    loop      a `while` that can be reversed; its parameters are those of `while`, and it lowers to one
-    forward   the forward run of a sweep, which returns what the backward run needs beside the last x
-    sweep     a sweep: forward and back, or back alone from what `forward` kept
+    loop      a `while` with a reverse mode; its parameters are those of `while`, and it lowers to one
+    forward   the forward sweep, which returns its checkpoints beside the last x
+    sweep     a sweep: forward and back, or back alone from the checkpoints of `forward`
     tangent   the linear part of a sweep: the tangents of its outputs from those of its inputs
 
-The JVP of a loop is `forward` and `tangent`; the transpose of `tangent` is the sweep that is the VJP. What `forward` keeps has no
-tangents: it is computed again from c and x wherever these have, since everything is a function of them.
+The JVP of a loop is `forward` and `tangent`; the transpose of `tangent` is the sweep that is the VJP. Checkpoints have no
+tangents: where c or x have tangents, the checkpoints are computed again, as a function of c and x.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ..core import _jax, manual_axes, subjaxprs
 from ..core.passes import run
 from ..core.rules import RETYPING, Rules, live
 from . import checkpointed
-from .adjoint import Flag, Flags, Sweep, chosen, merged, tangents
-from .checkpointed import Kept
+from .adjoint import Flag, Flags, Sweep, chosen, cut, merged, tangents
+from .checkpointed import Checkpoints
 from .schedule import Loops
 
 # ------------------------------------------------------------------------------------------------ loop
@@ -42,38 +42,40 @@ def _loop_types(*avals, loops, cond_jaxpr, body_jaxpr, **counts):
     return body_jaxpr.out_avals, {*cond_jaxpr.effects, *body_jaxpr.effects}
 
 
-def _loop_jvp(primals, given, *, loops, **params):
+def _loop_jvp(primals, in_tangents, *, loops, **params):
     base = _sweep_of(loops, params)
     n, (n_c, n_x, _, _) = params["cond_nconsts"], base.sizes
-    on = [False] * n + [t is not None for t in given[n:]]
-    flags = base.active((tuple(on[:n_c]), tuple(on[n_c:]), ()))
+    c, x = _present([*[None] * n, *in_tangents[n:]], n_c)
+    flags = base.active((c, x, ()))
     if not any(flags[1]):
         return _jax.bind(lax.while_p, params, primals), [None] * n_x
-    back = base.vjp(flags)
-    outputs = forward_p.bind(*primals, sweep=back, base=base)
-    found = tangent_p.bind(
-        *primals, *outputs[n_x:], *_instantiated(flags, primals, given), sweep=base, flags=flags, back=back
-    )
-    return outputs[:n_x], merged([None] * n_x, flags[1], found)
+    sweep = base.vjp(flags)
+    outputs = forward_p.bind(*primals, sweep=sweep, base=base)
+    return outputs[:n_x], _tangents_of_x(base, flags, sweep, primals, outputs[n_x:], in_tangents)
+
+
+def _tangents_of_x(base, flags, sweep, primals, checkpoints, in_tangents):
+    """The tangents of the last x of a loop, None where it has none."""
+    linear = _instantiated(flags, primals, in_tangents)
+    out_tangents = tangent_p.bind(*primals, *checkpoints, *linear, sweep=base, flags=flags, back=sweep)
+    return merged([None] * base.sizes[1], flags[1], out_tangents)
 
 
 def _loop_split(values, later, *, loops, **params):
-    """Where a loop carries tangents beside primals, and JAX knows these alone: the rest is linear in the tangents."""
+    """Partial evaluation of a loop that carries tangents beside primals, which alone are known: the rest is linear."""
     base = _sweep_of(loops, params)
     n_c, n_x = base.sizes[:2]
-    is_known = tuple(x is not None for x in values)
-    flags = base.active((tuple(not k for k in is_known[:n_c]), tuple(not k for k in is_known[n_c:]), ()))
-    back = base.vjp(flags)
-    primals = [subjaxprs.zeros(a) if x is None else x for x, a in zip(values, base.step.in_avals, strict=True)]
-    outputs = forward_p.bind(*primals, sweep=back, base=base)
-    every = [*flags[0], *flags[1]]
+    is_unknown = tuple(x is None for x in values)
+    flags = base.active((is_unknown[:n_c], is_unknown[n_c:], ()))
+    sweep = base.vjp(flags)
+    primals = _or_zeros(values, base.step.in_avals)
+    outputs = forward_p.bind(*primals, sweep=sweep, base=base)
     linear = [
-        subjaxprs.zeros(jax.typeof(x).to_tangent_aval()) if k else None
-        for x, k, f in zip(primals, is_known, every, strict=True)
-        if f
+        None if value is None else subjaxprs.zeros(jax.typeof(value).to_tangent_aval())
+        for value in chosen(values, (*flags[0], *flags[1]))
     ]
-    found = later(tangent_p, [*primals, *outputs[n_x:], *linear], dict(sweep=base, flags=flags, back=back))
-    return merged(outputs[:n_x], flags[1], found)
+    unknown = later(tangent_p, [*primals, *outputs[n_x:], *linear], dict(sweep=base, flags=flags, back=sweep))
+    return merged(outputs[:n_x], flags[1], unknown)
 
 
 def _loop_batch(axis, values, dims, *, loops, **params):
@@ -81,7 +83,7 @@ def _loop_batch(axis, values, dims, *, loops, **params):
 
 
 def _sweep_of(loops: Loops, params: dict) -> Sweep:
-    """A `while` as a sweep with nothing coming back; the loops in its body are differentiable too."""
+    """A `while` as a sweep without y; the loops in its body are differentiable too."""
     cond_jaxpr, body_jaxpr, n, m = (params[k] for k in ("cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"))
     memo = _SWEEPS.setdefault(body_jaxpr.jaxpr, {})
     key = cond_jaxpr.jaxpr, loops, n, m, _jax.trace_context()
@@ -89,7 +91,7 @@ def _sweep_of(loops: Loops, params: dict) -> Sweep:
         c, x = [*cond_jaxpr.in_avals[:n], *body_jaxpr.in_avals[:m]], list(body_jaxpr.in_avals[m:])
         cond = lambda c, x: run(rules(loops), cond_jaxpr, [*c[:n], *x])[0]
         step = lambda c, x: run(rules(loops), body_jaxpr, [*c[n:], *x])
-        memo[key] = Sweep.of(cond, step, lambda c, x, y: (step(c, x), [], []), c, x, [], 0, loops)
+        memo[key] = Sweep.of(cond, step, lambda c, x, y: (step(c, x), [], []), (c, x, []), 0, loops)
     return memo[key]
 
 
@@ -98,22 +100,23 @@ _SWEEPS: WeakKeyDictionary[Any, dict[Any, Sweep]] = WeakKeyDictionary()  # by bo
 
 @functools.lru_cache(maxsize=256)
 def rules(loops: Loops) -> Rules:
-    """The table that makes each `while` a loop that can be reversed, in as much memory."""
+    """The table that gives each `while` a reverse mode within `loops`."""
 
     def rule(eqn, *values):
         effects = {*eqn.params["cond_jaxpr"].effects, *eqn.params["body_jaxpr"].effects}
-        if not (_jax.are_repeatable(effects) and any(map(_is_inexact, values))):
+        has_derivative = any(jnp.issubdtype(jax.typeof(x).dtype, jnp.inexact) for x in values)
+        if not (has_derivative and _jax.are_repeatable(effects)):
             return _jax.bind(lax.while_p, eqn.params, values)
-        params, values = _apart(eqn.params, values)
+        params, values = _varying(eqn.params, values)
         return loop_p.bind(*values, loops=loops, **params)
 
     return Rules("differentiable", {lax.while_p: rule})
 
 
-def _apart(params: dict, values: Sequence[Any]) -> tuple[dict, Sequence[Any]]:
-    """A `while` whose predicate differs between the shards of a mesh, with all of its values as such that differ.
+def _varying(params: dict, values: Sequence[Any]) -> tuple[dict, Sequence[Any]]:
+    """A `while` whose values all vary along the mesh axes of its predicate.
 
-    Its counters differ then, and what a step sums over the shards would wait for those that have finished.
+    Where shards take different numbers of steps, a sum over the shards in a step would wait for the finished ones.
     """
     axes = manual_axes.axes_of(params["cond_jaxpr"].out_avals[0])
     if not axes:
@@ -125,110 +128,98 @@ def _apart(params: dict, values: Sequence[Any]) -> tuple[dict, Sequence[Any]]:
     return {**params, **jaxprs}, [manual_axes.vary(x, axes) for x in values]
 
 
-def _is_inexact(x: Any) -> bool:
-    return jax.dtypes.issubdtype(jax.typeof(x).dtype, jnp.inexact)
-
-
 # ------------------------------------------------------------------------------------------------ forward
 
 
 def _forward(*values, sweep, base):
-    x, kept = checkpointed.forward(sweep, *_cut(values, sweep.sizes[0]))
-    return [*x, *tree_leaves(kept)]
+    return tree_leaves(checkpointed.forward(sweep, *cut(values, sweep.sizes[0])))
 
 
 def _forward_types(*avals, sweep, base):
-    return [*sweep.avals[1], *tree_leaves(Kept.avals(sweep))], set(sweep.leaf.effects)
+    return [*sweep.avals[1], *tree_leaves(Checkpoints.avals(sweep))], set(sweep.fwd.effects)
 
 
-def _forward_jvp(primals, given, *, sweep, base):
+def _forward_jvp(primals, in_tangents, *, sweep, base):
     n_c, n_x = base.sizes[:2]
     outputs = forward_p.bind(*primals, sweep=sweep, base=base)
-    on = tuple(t is not None for t in given)
-    flags = base.active((on[:n_c], on[n_c:], ()))
-    back = base.vjp(flags)
-    kept = outputs[n_x:] if back is sweep else forward_p.bind(*primals, sweep=back, base=base)[n_x:]
-    found = tangent_p.bind(*primals, *kept, *_instantiated(flags, primals, given), sweep=base, flags=flags, back=back)
-    return outputs, [*merged([None] * n_x, flags[1], found), *[None] * (len(outputs) - n_x)]
+    flags = base.active((*_present(in_tangents, n_c), ()))
+    vjp = base.vjp(flags)
+    checkpoints = (outputs if vjp is sweep else forward_p.bind(*primals, sweep=vjp, base=base))[n_x:]
+    out_tangents = _tangents_of_x(base, flags, vjp, primals, checkpoints, in_tangents)
+    return outputs, [*out_tangents, *[None] * (len(outputs) - n_x)]
 
 
 def _forward_batch(axis, values, dims, *, sweep, base):
     n_c, _, n_y, _ = sweep.sizes
-    on = tuple(d is not None for d in dims)
-    wide, (c, x, _), residuals, _ = sweep.batched(
-        axis, (on[:n_c], on[n_c:], (False,) * n_y), (False,) * len(sweep.residuals)
-    )
-    narrow, *_ = base.batched(axis, (on[:n_c], on[n_c:], ()), ())
-    outputs = forward_p.bind(*_lanes(axis, values, dims, [*c, *x]), sweep=wide, base=narrow)
-    return outputs, [*_axes(x), *tree_leaves(_kept_axes(sweep, wide, x, residuals), is_leaf=lambda d: d is None)]
+    c, x = _present(dims, n_c)
+    batched_base, *_ = base.batched(axis, (c, x, ()), ())
+    batched, (c, x, _), residuals, _ = sweep.batched(axis, (c, x, (False,) * n_y), (False,) * len(sweep.residuals))
+    outputs = forward_p.bind(*_batched(axis, values, dims, [*c, *x]), sweep=batched, base=batched_base)
+    return outputs, [*_dims(x), *_checkpoint_dims(sweep, batched, x, residuals)]
 
 
 # ------------------------------------------------------------------------------------------------ sweep
 
 
-def _sweep(*values, sweep, is_kept):
+def _sweep(*values, sweep, has_checkpoints):
     n_c, n_x, n_y, _ = sweep.sizes
-    c, x, y, kept = _cut(values, n_c, n_x, n_y)
-    if is_kept:
-        y, totals = checkpointed.backward(sweep, c, x, tree_unflatten(_kept_tree(sweep), kept), y)
+    c, x, y, checkpoints = cut(values, n_c, n_x, n_y)
+    if has_checkpoints:
+        y, totals = checkpointed.backward(sweep, c, x, tree_unflatten(_checkpoint_tree(sweep), checkpoints), y)
         return [*y, *totals]
     if not n_y:
-        return checkpointed.plain(sweep, c, x)
-    last, kept = checkpointed.forward(sweep, c, x)
-    y, totals = checkpointed.backward(sweep, c, x, kept, y)
+        return checkpointed.plain(sweep, c, x)[1]
+    last, checkpoints = checkpointed.forward(sweep, c, x)
+    y, totals = checkpointed.backward(sweep, c, x, checkpoints, y)
     return [*last, *y, *totals]
 
 
-def _sweep_types(*avals, sweep, is_kept):
+def _sweep_types(*avals, sweep, has_checkpoints):
     _, x, y, totals = sweep.avals
-    return [*([] if is_kept else x), *y, *totals], {*sweep.leaf.effects, *sweep.pull.effects}
+    return [*([] if has_checkpoints else x), *y, *totals], {*sweep.fwd.effects, *sweep.bwd.effects}
 
 
-def _sweep_jvp(primals, given, *, sweep, is_kept):
+def _sweep_jvp(primals, in_tangents, *, sweep, has_checkpoints):
     n_c, n_x, n_y, _ = sweep.sizes
-    outputs = sweep_p.bind(*primals, sweep=sweep, is_kept=is_kept)
-    n = 0 if is_kept else n_x  # of x among the outputs
-    c, x, y, _ = _cut(given, n_c, n_x, n_y)
-    on = lambda values: tuple(t is not None for t in values)
-    if not any(on([*c, *x])):  # linear in y
-        y = [subjaxprs.zeros(a) if t is None else t for t, a in zip(y, tangents(sweep.avals[2]), strict=True)]
-        known = primals[: n_c + n_x], primals[n_c + n_x + n_y :]
-        found = sweep_p.bind(*known[0], *y, *known[1], sweep=sweep, is_kept=is_kept)
-        return outputs, [*[None] * n, *found[n:]]
-    flags = sweep.active((on(c), on(x), on(y)))
-    primals, given = primals[: n_c + n_x + n_y], given[: n_c + n_x + n_y]
-    found = tangent_p.bind(*primals, *_instantiated(flags, primals, given), sweep=sweep, flags=flags, back=None)
-    tx, found = _cut(found, sum(flags[1]))
-    ty, tt = _cut(found, sum(flags[2]))
-    return outputs, [*([] if is_kept else merged([None] * n_x, flags[1], tx)), *merged([None] * n_y, flags[2], ty), *tt]
+    outputs = sweep_p.bind(*primals, sweep=sweep, has_checkpoints=has_checkpoints)
+    n = 0 if has_checkpoints else n_x  # of x among the outputs
+    c, x, y, checkpoints = cut(primals, n_c, n_x, n_y)
+    c_flags, x_flags, y_flags, _ = _present(in_tangents, n_c, n_x, n_y)
+    if not any((*c_flags, *x_flags)):  # linear in y
+        ty = _or_zeros(cut(in_tangents, n_c, n_x, n_y)[2], tangents(sweep.avals[2]))
+        linear = sweep_p.bind(*c, *x, *ty, *checkpoints, sweep=sweep, has_checkpoints=has_checkpoints)
+        return outputs, [*[None] * n, *linear[n:]]
+    flags = sweep.active((c_flags, x_flags, y_flags))
+    linear = _instantiated(flags, [*c, *x, *y], in_tangents[: n_c + n_x + n_y])
+    out_tangents = tangent_p.bind(*c, *x, *y, *linear, sweep=sweep, flags=flags, back=None)
+    tx, ty, tt = cut(out_tangents, sum(flags[1]), sum(flags[2]))
+    return outputs, [*merged([None] * n_x, flags[1], tx)[:n], *merged([None] * n_y, flags[2], ty), *tt]
 
 
-def _sweep_transpose(cotangents, *values, sweep, is_kept):
+def _sweep_transpose(cotangents, *values, sweep, has_checkpoints):
     n_c, n_x, n_y, _ = sweep.sizes
-    c, x, _, kept = _cut(values, n_c, n_x, n_y)
-    cotangents = [None] * n_x * is_kept + list(cotangents)
+    c, x, _, checkpoints = cut(values, n_c, n_x, n_y)
     flags = (False,) * n_c, (False,) * n_x, (True,) * n_y
-    found = _pulled(sweep, flags, c, x, [None] * n_y, None, cotangents[n_x:])
-    return [*[None] * (n_c + n_x), *found, *[None] * len(kept)]
+    ct_y = _pulled_back(sweep, flags, c, x, [None] * n_y, None, cotangents[0 if has_checkpoints else n_x :])
+    return [*[None] * (n_c + n_x), *ct_y, *[None] * len(checkpoints)]
 
 
-def _sweep_batch(axis, values, dims, *, sweep, is_kept):
+def _sweep_batch(axis, values, dims, *, sweep, has_checkpoints):
     n_c, n_x, n_y, _ = sweep.sizes
-    dims_c, dims_x, dims_y, dims_kept = _cut(dims, n_c, n_x, n_y)
-    on = lambda dims: tuple(d is not None for d in dims)
-    c, x, y, residuals = on(dims_c), on(dims_x), on(dims_y), (False,) * len(sweep.residuals)
-    if is_kept:
-        kept_on = tree_unflatten(_kept_tree(sweep), on(dims_kept))
-        x = tuple(map(operator.or_, x, kept_on.states))
-        residuals = tuple(kept_on.tape) or residuals
-    wide, (c, x, y), residuals, totals = sweep.batched(axis, (c, x, y), residuals)
     n = n_c + n_x + n_y
-    lanes = _lanes(axis, values[:n], dims[:n], [*c, *x, *y])
-    if is_kept:
-        to = tree_leaves(_kept_axes(sweep, wide, x, residuals), is_leaf=lambda d: d is None)
-        lanes += _kept_lanes(axis, values[n:], dims_kept, to)
-    outputs = sweep_p.bind(*lanes, sweep=wide, is_kept=is_kept)
-    return outputs, _axes([*(() if is_kept else x), *y, *totals])
+    c, x, y, checkpoints = _present(dims, n_c, n_x, n_y)
+    residuals = (False,) * len(sweep.residuals)
+    if has_checkpoints:
+        flags = tree_unflatten(_checkpoint_tree(sweep), checkpoints)
+        x = tuple(map(operator.or_, x, flags.states))
+        residuals = tuple(flags.tape) or residuals
+    batched, (c, x, y), residuals, totals = sweep.batched(axis, (c, x, y), residuals)
+    operands = _batched(axis, values[:n], dims[:n], [*c, *x, *y])
+    if has_checkpoints:
+        to = _checkpoint_dims(sweep, batched, x, residuals)
+        operands += _batched_checkpoints(axis, values[n:], dims[n:], to)
+    outputs = sweep_p.bind(*operands, sweep=batched, has_checkpoints=has_checkpoints)
+    return outputs, _dims([*(() if has_checkpoints else x), *y, *totals])
 
 
 # ------------------------------------------------------------------------------------------------ tangent
@@ -237,95 +228,95 @@ def _sweep_batch(axis, values, dims, *, sweep, is_kept):
 def _tangent(*values, sweep, flags, back):
     """The tangents of the JVP's outputs, bound or computed."""
     (n_c, n_x, n_y, n_t), counts = sweep.sizes, [sum(f) for f in flags]
-    n_kept = len(values) - n_c - n_x - n_y - sum(counts)
-    c, x, y, _, tc, tx, ty = _cut(values, n_c, n_x, n_y, n_kept, *counts[:2])
-    outputs = sweep_p.bind(*c, *tc, *x, *tx, *y, *ty, sweep=sweep.jvp(flags), is_kept=False)
-    _, tx, _, ty, _, tt = _cut(outputs, n_x, counts[1], n_y, counts[2], n_t)
+    n_checkpoints = len(values) - n_c - n_x - n_y - sum(counts)
+    c, x, y, _, tc, tx, ty = cut(values, n_c, n_x, n_y, n_checkpoints, *counts[:2])
+    outputs = sweep_p.bind(*c, *tc, *x, *tx, *y, *ty, sweep=sweep.jvp(flags), has_checkpoints=False)
+    _, tx, _, ty, _, tt = cut(outputs, n_x, counts[1], n_y, counts[2], n_t)
     return [*tx, *ty, *tt]
 
 
 def _tangent_types(*avals, sweep, flags, back):
     _, x, y, totals = sweep.avals
-    return [*tangents(x, flags[1]), *tangents(y, flags[2]), *tangents(totals)], set(sweep.leaf.effects)
+    return [*tangents(x, flags[1]), *tangents(y, flags[2]), *tangents(totals)], set(sweep.fwd.effects)
 
 
-def _tangent_jvp(primals, given, *, sweep, flags, back):
+def _tangent_jvp(primals, in_tangents, *, sweep, flags, back):
     n = len(primals) - sum(map(sum, flags))
     params = dict(sweep=sweep, flags=flags, back=back)
-    if not any(t is not None for t in given[:n]):
-        linear = [
-            subjaxprs.zeros(jax.typeof(x)) if t is None else t for x, t in zip(primals[n:], given[n:], strict=True)
-        ]
+    if not any(t is not None for t in in_tangents[:n]):
+        linear = _or_zeros(in_tangents[n:], map(jax.typeof, primals[n:]))
         return tangent_p.bind(*primals, **params), tangent_p.bind(*primals[:n], *linear, **params)
-    on = [t is not None for t in given]
-    f = lambda *some: _tangent(*merged(primals, on, some), **params)
-    return jax.jvp(f, chosen(primals, on), chosen(given, on))
+    (is_active,) = _present(in_tangents)
+    f = lambda *active: _tangent(*merged(primals, is_active, active), **params)
+    return jax.jvp(f, chosen(primals, is_active), chosen(in_tangents, is_active))
 
 
 def _tangent_transpose(cotangents, *values, sweep, flags, back):
-    n_c, n_x, n_y, _ = sweep.sizes
-    n = n_c + n_x + n_y
-    c, x, y, rest = _cut(values, n_c, n_x, n_y)
-    kept = rest[: len(rest) - sum(map(sum, flags))]
-    found = _pulled(sweep, flags, c, x, y, (back, kept) if back else None, cotangents)
-    return [*[None] * (n + len(kept)), *found]
+    c, x, y, rest = cut(values, *sweep.sizes[:3])
+    checkpoints = rest[: len(rest) - sum(map(sum, flags))]
+    cts = _pulled_back(sweep, flags, c, x, y, (back, checkpoints) if back else None, cotangents)
+    return [*[None] * (len(values) - len(cts)), *cts]
 
 
-def _pulled(sweep, flags, c, x, y, run, cotangents):
+def _pulled_back(sweep, flags, c, x, y, run, cotangents):
     """The cotangents of the flagged c, x and y from those of the flagged x, the flagged y and the totals of a sweep."""
     _, fx, fy = flags
     avals = [*tangents(sweep.avals[1], fx), *tangents(sweep.avals[2], fy), *tangents(sweep.avals[3])]
-    found = [subjaxprs.zeros(a) if ct is None else ct for ct, a in zip(cotangents, avals, strict=True)]
-    ct_x, ct_y, ct_totals = _cut(found, sum(fx), sum(fy))
-    back, kept = run or (sweep.vjp(flags), [])
+    ct_x, ct_y, ct_totals = cut(_or_zeros(cotangents, avals), sum(fx), sum(fy))
+    vjp, checkpoints = run or (sweep.vjp(flags), [])
     y = y if sweep.needs_y(flags) else []
-    outputs = sweep_p.bind(*c, *ct_totals, *x, *ct_y, *y, *ct_x, *kept, sweep=back, is_kept=run is not None)
-    _, ct_y, _, ct_x, ct_c = _cut(outputs, 0 if run else len(x), sum(fy), len(y), sum(fx))
-    weak = [*tangents(sweep.avals[0], flags[0]), *avals[: sum(fx)]]
-    return [*(_jax.cast(ct, a) if a.weak_type else ct for ct, a in zip([*ct_c, *ct_x], weak, strict=True)), *ct_y]
+    operands = [*c, *ct_totals, *x, *ct_y, *y, *ct_x, *checkpoints]
+    outputs = sweep_p.bind(*operands, sweep=vjp, has_checkpoints=run is not None)
+    _, ct_y, _, ct_x, ct_c = cut(outputs, 0 if run else len(x), sum(fy), len(y), sum(fx))
+    out_avals = [*tangents(sweep.avals[0], flags[0]), *avals[: sum(fx)]]
+    cast = lambda ct, a: _jax.cast(ct, a) if a.weak_type else ct
+    return [*map(cast, [*ct_c, *ct_x], out_avals), *ct_y]
 
 
 def _tangent_batch(axis, values, dims, *, sweep, flags, back):
-    # Without what the forward run kept: lanes that share a constant would each have its cotangent.
+    # Without the checkpoints: lanes that share a constant would each have its cotangent.
     sizes = sweep.sizes[:3]
     n, counts = sum(sizes), [sum(f) for f in flags]
     linear = len(values) - sum(counts)
-    on = [d is not None for d in dims]
-    primal, beside = _cut(on[:n], *sizes[:2]), _cut(on[linear:], *counts[:2])
+    of_tangents = _present(dims[linear:], *counts[:2])
     joint = tuple(
-        tuple(map(operator.or_, p, merged([False] * len(p), f, t)))
-        for p, f, t in zip(primal, flags, beside, strict=True)
+        tuple(map(operator.or_, of_primals, merged([False] * len(f), f, of_linear)))
+        for of_primals, f, of_linear in zip(_present(dims[:n], *sizes[:2]), flags, of_tangents, strict=True)
     )
-    wide, found, _, totals = sweep.batched(axis, joint, (False,) * len(sweep.residuals))
-    to = [*itertools.chain(*found), *itertools.chain(*map(chosen, found, flags))]
-    lanes = _lanes(axis, [*values[:n], *values[linear:]], [*dims[:n], *dims[linear:]], to)
-    outputs = tangent_p.bind(*lanes, sweep=wide, flags=flags, back=None)
-    return outputs, _axes([*chosen(found[1], flags[1]), *chosen(found[2], flags[2]), *totals])
+    batched, joint, _, totals = sweep.batched(axis, joint, (False,) * len(sweep.residuals))
+    to = [*itertools.chain(*joint), *itertools.chain(*map(chosen, joint, flags))]
+    operands = _batched(axis, [*values[:n], *values[linear:]], [*dims[:n], *dims[linear:]], to)
+    outputs = tangent_p.bind(*operands, sweep=batched, flags=flags, back=None)
+    return outputs, _dims([*chosen(joint[1], flags[1]), *chosen(joint[2], flags[2]), *totals])
 
 
 # ------------------------------------------------------------------------------------------------ lists of values
 
 
-def _cut(values: Sequence[Any], *sizes: int) -> list[list[Any]]:
-    """Lists of these sizes, and the rest."""
-    bounds = [0, *itertools.accumulate(sizes), len(values)]
-    return [list(values[a:b]) for a, b in itertools.pairwise(bounds)]
+def _present(values: Sequence[Any], *sizes: int) -> list[Flag]:
+    """Which values are not None, cut as by `cut`."""
+    return [tuple(x is not None for x in part) for part in cut(values, *sizes)]
 
 
-def _instantiated(flags: Flags, primals: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+def _or_zeros(values: Sequence[Any], avals: Any) -> list[Any]:
+    """The values, with zeros for None."""
+    return [subjaxprs.zeros(a) if x is None else x for x, a in zip(values, avals, strict=True)]
+
+
+def _instantiated(flags: Flags, primals: Sequence[Any], in_tangents: Sequence[Any]) -> list[Any]:
     """The tangents of flagged values, zeros among them."""
-    every = tuple(f for part in flags for f in part)
-    zero = lambda x: subjaxprs.zeros(jax.typeof(x).to_tangent_aval())
-    return [zero(x) if t is None else t for x, t in zip(chosen(primals, every), chosen(given, every), strict=True)]
+    every = tuple(itertools.chain(*flags))
+    avals = [jax.typeof(x).to_tangent_aval() for x in chosen(primals, every)]
+    return _or_zeros(chosen(in_tangents, every), avals)
 
 
-def _axes(flags: Sequence[bool]) -> list[int | None]:
+def _dims(flags: Sequence[bool]) -> list[int | None]:
     return [0 if f else None for f in flags]
 
 
-def _lanes(axis: Any, values: Sequence[Any], dims: Sequence[int | None], flags: Sequence[bool]) -> list[Any]:
-    """Values with their lanes in front, also those that are the same in all where flagged."""
-    return [_moved(axis, x, d, 0 if f else None) for x, d, f in zip(values, dims, flags, strict=True)]
+def _batched(axis: Any, values: Sequence[Any], dims: Sequence[int | None], flags: Sequence[bool]) -> list[Any]:
+    """Values with their batch axis in front; the flagged ones get one."""
+    return [_moved(axis, x, d, to) for x, d, to in zip(values, dims, _dims(flags), strict=True)]
 
 
 def _moved(axis: Any, x: Any, d: int | None, to: int | None) -> Any:
@@ -334,24 +325,24 @@ def _moved(axis: Any, x: Any, d: int | None, to: int | None) -> Any:
     return x if d is None or to is None else jnp.moveaxis(x, d, to)
 
 
-def _kept_tree(sweep: Sweep) -> Any:
-    return tree_structure(Kept.avals(sweep))
+def _checkpoint_tree(sweep: Sweep) -> Any:
+    return tree_structure(Checkpoints.avals(sweep))
 
 
-def _kept_axes(sweep: Sweep, wide: Sweep, x: Flag, residuals: Flag) -> Kept:
-    """Where the lanes are in what a batched sweep keeps: behind the checkpoints, or steps."""
+def _checkpoint_dims(sweep: Sweep, batched: Sweep, x: Flag, residuals: Flag) -> list[int | None]:
+    """The batch axes of the checkpoints of a batched sweep: behind the axis of slots, or of steps."""
     second = lambda flags: [1 if f else None for f in flags]
-    running, tape = [wide.prefix != sweep.prefix], residuals
-    if sweep.loops.residual_steps == 1:
-        running, tape = [], ()
-    return Kept(None, None, None, None, second(x), second(running), second(tape), _axes(x))
+    recorded = [batched.lanes != sweep.lanes, *residuals] if sweep.loops.residual_steps > 1 else []
+    return [None] * 4 + second(x) + second(recorded) + _dims(x)
 
 
-def _kept_lanes(axis: Any, values: Sequence[Any], dims: Sequence[int | None], to: Sequence[int | None]) -> list[Any]:
-    """What was kept, as a batched sweep takes it. Where lanes hold what they share, some may hold zeros in its place."""
-    steps = values[0]
-    lane = None if dims[0] is None else jnp.argmax(steps)
-    shared = lambda x, d: lax.dynamic_index_in_dim(x, 0 if lane is None else lane, d, keepdims=False)
+def _batched_checkpoints(
+    axis: Any, values: Sequence[Any], dims: Sequence[int | None], to: Sequence[int | None]
+) -> list[Any]:
+    """Checkpoints as a batched sweep takes them: what lanes share is read from the lane with the most steps."""
+    n_steps = values[0]
+    lane = 0 if dims[0] is None else jnp.argmax(n_steps)
+    shared = lambda x, d: lax.dynamic_index_in_dim(x, lane, d, keepdims=False)
     return [
         shared(x, d) if t is None and d is not None else _moved(axis, x, d, t)
         for x, d, t in zip(values, dims, to, strict=True)
@@ -359,7 +350,7 @@ def _kept_lanes(axis: Any, values: Sequence[Any], dims: Sequence[int | None], to
 
 
 def _compiled(impl: Any) -> Any:
-    """`impl` for values at hand: compiled once for a sweep."""
+    """`impl` for concrete values: compiled once per sweep."""
 
     @functools.wraps(impl)
     def run(*values, sweep, **params):
@@ -371,14 +362,14 @@ def _compiled(impl: Any) -> Any:
     return run
 
 
-def _refused(cotangents, *values, **params):
-    raise NotImplementedError("a loop is no linear function: differentiate it before it is transposed")
+def _no_transpose(cotangents, *values, **params):
+    raise NotImplementedError("a while loop is not linear in its inputs: differentiate it before you transpose it")
 
 
-loop_p = _jax.primitive("loop", _loop, _loop, _loop_types, _loop_jvp, _loop_batch, _refused)
+loop_p = _jax.primitive("loop", _loop, _loop, _loop_types, _loop_jvp, _loop_batch, _no_transpose)
 _jax.split_by(_loop_split, loop_p)
 forward_p = _jax.primitive(
-    "forward", _forward, _compiled(_forward), _forward_types, _forward_jvp, _forward_batch, _refused
+    "forward", _forward, _compiled(_forward), _forward_types, _forward_jvp, _forward_batch, _no_transpose
 )
 sweep_p = _jax.primitive("sweep", _sweep, _compiled(_sweep), _sweep_types, _sweep_jvp, _sweep_batch, _sweep_transpose)
 tangent_p = _jax.primitive(

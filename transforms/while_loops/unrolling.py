@@ -1,4 +1,4 @@
-"""What a loop of funcgrad's own computes for values at hand, as a graph of two scans: one forward, one back."""
+"""The graph of a bound `forward`, `sweep` or `tangent` for concrete values: two scans, one forward and one back."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ import jax
 
 from ..core import _jax
 from . import checkpointed
+from .adjoint import cut
 
 
 def unrolled(eqn: Any, values: Sequence[Any]) -> _jax.ClosedJaxpr:
-    """A graph of the operands of a sweep (`layouts.SWEEPS`), with its results; of `forward` only the first, the last x."""
-    p, name = eqn.params, eqn.primitive.name
+    """A graph with the operands and the results of `eqn` (`subjaxprs.SWEEPS`); of `forward` only the last x."""
+    params, name = eqn.params, eqn.primitive.name
     if name == "tangent":
-        f: Any = functools.partial(eqn.primitive.impl, **p)
+        f: Any = functools.partial(eqn.primitive.impl, **params)
     else:
-        sweep = p["sweep"]
+        sweep = params["sweep"]
         n_c, n_x, n_y, _ = sweep.sizes
-        cut = lambda values: (values[:n_c], values[n_c : n_c + n_x], values[n_c + n_x : n_c + n_x + n_y])
-        steps = int(jax.jit(functools.partial(checkpointed.count, sweep))(*cut(list(values))[:2]))
+        n = int(jax.jit(functools.partial(checkpointed.plain, sweep))(*cut(values, n_c, n_x)[:2])[0])
 
-        def both(*values):
-            c, x, y = cut(values)
-            last, y, totals = checkpointed.stepwise(sweep, c, x, y if name == "sweep" and n_y else None, steps)
-            return [*([] if p.get("is_kept") else last), *y, *totals]
-
-        f = both
+        def f(*values):
+            c, x, y, _ = cut(values, n_c, n_x, n_y)
+            last, y, totals = checkpointed.stepwise(sweep, c, x, y if name == "sweep" and n_y else None, n)
+            return [*([] if params.get("has_checkpoints") else last), *y, *totals]
 
     return _jax.stage_flat(f, [jax.typeof(x) for x in values], _jax.no_names)

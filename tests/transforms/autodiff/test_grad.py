@@ -123,7 +123,7 @@ ERRORS = {
     ),
     "no array": (
         lambda: fg.jacfwd(loss, 2)(1.0, X, "mean"),
-        "jacfwd differentiates loss with respect to mode, which is no array but str.\n"
+        "jacfwd differentiates loss with respect to mode, which is not an array but str.\n"
         "  at      FILE (loss)\n"
         "  inputs  mode = 'mean'\n"
         "  try     leave it out of argnums",

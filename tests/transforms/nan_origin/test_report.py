@@ -124,7 +124,7 @@ def test_references():
 def test_what_is_no_call():
     with pytest.raises(fg.ArgumentError, match="nan_origin takes a function, and got int"):
         fg.nan_origin(3)
-    with pytest.raises(fg.ArgumentError, match="nan_origin of root is called while something is traced"):
+    with pytest.raises(fg.ArgumentError, match="nan_origin of root is called while JAX traces"):
         jax.jit(lambda x: fg.nan_origin(root, x))(X)
 
 
