@@ -22,7 +22,8 @@ from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_lea
 from ..transforms.core import _jax, subjaxprs
 from ..transforms.core.errors import ArgumentError, NotScalarError
 from ..transforms.core.graph import Graph, trace
-from ..transforms.core.passes import Bound, Pass, bind, driven, functions_of
+from ..transforms.core.pass_trace import Bound, bind, driven, functions_of
+from ..transforms.core.passes import Pass
 from ..transforms.core.report import Report, Result, Table
 from .pullbacks import Operation, is_float, pulled_back, varying
 

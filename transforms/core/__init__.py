@@ -7,7 +7,8 @@ subjaxprs     where each primitive keeps its sub-jaxprs, and how it is bound wit
 signatures    what arguments are called, how a call orders them, which are static
 scope_paths   `where` and `op`: scope patterns, primitives, predicates
 text          a graph as text
-passes        Pass, and its drivers: `run` evaluates a jaxpr, `live` runs a function
+pass_trace    the live driver: a running function under a pass
+passes        Pass, and the driver of jaxprs, `run`
 rules         Rules, the tabular Pass
 evaluation    how a Graph is evaluated under JAX's traces
 graph         Graph, trace, walk

@@ -16,7 +16,8 @@ import jax
 from jax import lax
 
 from . import _jax, manual_axes, subjaxprs
-from .passes import Pass, PassTrace, bind, run
+from .pass_trace import PassTrace, bind
+from .passes import Pass, run
 from .rules import RETYPING, Rules
 
 

@@ -16,7 +16,8 @@ import jax
 from . import _jax, manual_axes, subjaxprs
 from ._jax import Jaxpr, Primitive
 from .errors import ArgumentError, DuplicateRule, GraphError
-from .passes import Bound, Pass, bind, driven, functions_of
+from .pass_trace import Bound, bind, driven, functions_of
+from .passes import Pass
 
 
 class Equation(Protocol):

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from ..core import _jax, subjaxprs
-from ..core.passes import Bound, Pass, bind, functions_of, run
+from ..core.pass_trace import Bound, bind, functions_of
+from ..core.passes import Pass, run
 from ..core.scope_paths import Path, joined
 from ..while_loops.unrolling import unrolled
 from .dependencies import Element, is_inexact, reads

@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import tree_flatten, tree_unflatten
 
 from ..core import _jax
-from ..core.passes import Bound
+from ..core.pass_trace import Bound
 from .backtracking import Made, Note
 
 

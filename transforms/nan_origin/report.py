@@ -14,7 +14,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from ..core import _jax, subjaxprs
 from ..core.errors import ArgumentError
-from ..core.passes import driven
+from ..core.pass_trace import driven
 from ..core.report import Report, Result, Table
 from ..core.scope_paths import BACKWARD
 from ..core.signatures import name_of, named_leaves

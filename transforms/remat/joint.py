@@ -22,7 +22,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ..core import _jax, subjaxprs
-from ..core.passes import Pass, bind, run
+from ..core.pass_trace import bind
+from ..core.passes import Pass, run
 from ..cost.backends import Backend
 from ..cost.inlining import Inlining, Value, total
 from ..cost.library_calls import copied_bytes, workspace_bytes

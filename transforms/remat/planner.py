@@ -20,7 +20,8 @@ from jax.tree_util import tree_flatten, tree_unflatten
 
 from ..core import _jax, manual_axes, subjaxprs
 from ..core.errors import ArgumentError, OptionError, location
-from ..core.passes import Pass, bind, run
+from ..core.pass_trace import bind
+from ..core.passes import Pass, run
 from ..core.rules import live
 from ..core.signatures import name_of
 from ..cost.backends import BACKENDS

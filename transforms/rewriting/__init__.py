@@ -3,5 +3,6 @@
 tap          tap and patch: values by scope, primitive or predicate
 scope_rules  rules for whole scopes
 replace      matches of a pattern
-matching     the matches of a graph in another
+matching     the occurrences of a graph in another
+plans        which matches are replaced, and what is dead then
 """

@@ -27,9 +27,11 @@ from jax.tree_util import tree_flatten
 from ..core import _jax, manual_axes, subjaxprs
 from ..core.errors import ArgumentError, GraphError, location
 from ..core.graph import Graph
-from ..core.passes import Bound, Pass, bind, driven, functions_of, run
+from ..core.pass_trace import Bound, bind, driven, functions_of
+from ..core.passes import Pass, run
 from ..core.signatures import name_of
-from .matching import Form, Keys, Level, Match, Node, Plan, Planner, Value, View, is_folded, type_of, where
+from .matching import Keys, Level, Node, Value, View, is_folded, type_of
+from .plans import Form, Match, Plan, Planner, where
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -19,7 +19,8 @@ from jax.tree_util import tree_flatten, tree_structure, tree_unflatten
 from ..core import _jax, subjaxprs
 from ..core.errors import ArgumentError, OptionError, location
 from ..core.graph import Graph
-from ..core.passes import Pass, bind, run
+from ..core.pass_trace import bind
+from ..core.passes import Pass, run
 from ..core.rules import checked
 from ..core.scope_paths import Path, entered, is_within, joined
 from ..core.signatures import name_of, named_leaves

@@ -11,7 +11,8 @@ from jax.tree_util import tree_map, tree_unflatten
 from ..core import _jax
 from ..core.errors import ArgumentError, OptionError, location
 from ..core.graph import Graph
-from ..core.passes import driven, run
+from ..core.pass_trace import driven
+from ..core.passes import run
 from ..core.scope_paths import Where, check_where
 from ..core.signatures import name_of
 from .tap_pass import Selection, Tap

@@ -21,7 +21,8 @@ import jax
 from jax.tree_util import register_dataclass
 
 from ..core import _jax, subjaxprs
-from ..core.passes import Bound, Pass, bind, driven, functions_of, is_eager, of_width, run
+from ..core.pass_trace import Bound, bind, driven, functions_of, is_eager
+from ..core.passes import Pass, of_width, run
 from ..core.rules import checked
 from ..core.scope_paths import Path, Site, Where, entered, is_within, joined, maker
 

@@ -80,7 +80,9 @@ def model(dot):
 
     def f(x):
         with jax.named_scope("layers"):
-            x, _ = lax.scan(lambda c, w: (jax.nn.relu(jax.named_scope("product")(dot)(c, w)), None), x, jnp.stack([W] * 3))
+            x, _ = lax.scan(
+                lambda c, w: (jax.nn.relu(jax.named_scope("product")(dot)(c, w)), None), x, jnp.stack([W] * 3)
+            )
         with jax.named_scope("head"):
             x = jax.checkpoint(activation)(x)
             return lax.cond(x[0] > 0, lambda y: dot(y, W), lambda y: y, x).sum()
