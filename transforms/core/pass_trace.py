@@ -53,7 +53,7 @@ def functions_of(eqn: Any) -> Sequence[Any]:
 
 @contextmanager
 def driven(p: Any) -> Iterator[None]:
-    """A context, or decorator, in which each primitive that is bound goes to the pass `p`, which computes under the current trace."""
+    """A context, or decorator, in which each primitive that is bound goes to the pass `p`."""
     with _jax.take_current_trace() as parent, _jax.set_current_trace(PassTrace(parent, p)):
         yield
 
