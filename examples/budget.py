@@ -1,9 +1,10 @@
-"""A transformer of 24 layers that trains in a quarter of the memory that its gradient takes.
+"""A transformer of 24 layers that trains with a quarter of the memory that its gradient takes by default.
 
     pip install -e '.[examples]' && python examples/budget.py [picture.png]
 
-It prints what fills the memory, the plan for the budget, and the training; the picture shows memory against time for policies
-written by hand with `jax.checkpoint` and for budgets. Some minutes on a CPU, nearly all of them to compile programs of 24 layers.
+It prints a timeline of the memory, the plan for the budget, and the log of the training. The picture shows memory against time
+for hand-written policies of `jax.checkpoint` and for budgets. It runs for some minutes on a CPU, mostly to compile programs of
+24 layers.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def params_of(key: jax.Array) -> dict[str, Any]:
 
 
 def loss_of(wrap: Callable) -> Callable:
-    """The loss of text int32[batch, time + 1], with each layer wrapped."""
+    """The loss of text int32[batch, time + 1]; `wrap` is applied to each layer."""
     layer = wrap(lambda params, x: BLOCK(params, x))
 
     def loss(params, text):
@@ -62,29 +63,28 @@ def loss_of(wrap: Callable) -> Callable:
 
 
 def text_of(seed: int) -> np.ndarray:
-    """Windows of a text in which each character follows from the one before, with some noise."""
+    """Windows of a text in which each character determines the next one, with some noise."""
     rng = np.random.default_rng(seed)
     text = np.empty((BATCH, CONTEXT + 1), np.int32)
     text[:, 0] = rng.integers(0, VOCABULARY, BATCH)
     for k in range(CONTEXT):
-        text[:, k + 1] = np.where(
-            rng.random(BATCH) < 0.1, rng.integers(0, VOCABULARY, BATCH), (5 * text[:, k] + 3) % VOCABULARY
-        )
+        is_noise, noise = rng.random(BATCH) < 0.1, rng.integers(0, VOCABULARY, BATCH)
+        text[:, k + 1] = np.where(is_noise, noise, (5 * text[:, k] + 3) % VOCABULARY)
     return text
 
 
 def milliseconds(gradient: Callable, *args: Any) -> float:
     jax.block_until_ready(gradient(*args))
-    times = []
+    calls_s = []
     for _ in range(TIMED):
-        start = time.perf_counter()
+        start_s = time.perf_counter()
         jax.block_until_ready(gradient(*args))
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times)
+        calls_s.append(time.perf_counter() - start_s)
+    return 1e3 * min(calls_s)
 
 
 def measured(params: Any, text: np.ndarray, plans: dict[str, fg.Plan]) -> dict[str, list[tuple[str, float, float]]]:
-    """By hand and by budget, of which there may be plans: name, MiB of temporaries, ms."""
+    """(name, MiB of temporaries, ms) of each policy and each budget; `plans` holds plans made before."""
     points: dict[str, list[tuple[str, float, float]]] = {"by hand": [], "by budget": []}
     for name, wrap in POLICIES.items():
         gradient = jax.jit(jax.value_and_grad(loss_of(wrap)))
@@ -111,16 +111,16 @@ def draw(points: dict[str, list[tuple[str, float, float]]], path: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (kind, found), style in zip(points.items(), ("o", "s-"), strict=True):
-        names, sizes, times = zip(*sorted(found, key=lambda p: p[1]), strict=True)
+    for (kind, kind_points), style in zip(points.items(), ("o", "s-"), strict=True):
+        names, sizes, times = zip(*sorted(kind_points, key=lambda p: p[1]), strict=True)
         axes.plot(sizes, times, style, label=kind)
         for k, (name, x, y) in enumerate(zip(names, sizes, times, strict=True)):
-            below = kind == "by budget" or k % 2
-            axes.annotate(name, (x, y), xytext=(5, -12 if below else 5), textcoords="offset points", fontsize=8)
+            is_below = kind == "by budget" or k % 2
+            axes.annotate(name, (x, y), xytext=(5, -12 if is_below else 5), textcoords="offset points", fontsize=8)
     axes.set(xlabel="temporaries of the gradient, MiB", ylabel="ms per gradient", xlim=(0, None), ylim=(0, None))
     axes.set_title(f"A transformer of {LAYERS} layers, batch {BATCH}")
     axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")  # with labels that stand out at the right
+    figure.savefig(path, dpi=150, bbox_inches="tight")  # includes labels beyond the right edge
 
 
 def main(path: str = "budget.png") -> float:
@@ -135,8 +135,8 @@ def main(path: str = "budget.png") -> float:
     print(log, "\n")
 
     points = measured(params, text, {BUDGET: plan})
-    for kind, found in points.items():
-        for name, size, ms in found:
+    for kind, kind_points in points.items():
+        for name, size, ms in kind_points:
             print(f"{kind:9}  {name:24} {size:8.1f} MiB {ms:8.1f} ms")
     draw(points, path)
     print(path)

@@ -1,9 +1,9 @@
-"""A small causal transformer that learns to write English, one character at a time.
+"""A small causal transformer, a language model of characters.
 
     pip install -e . && python examples/charlm.py [text-file]
 
-Without a file it reads the 700 KB of help texts that ship with CPython (`pydoc_data.topics`). It prints nats per character of
-training and of held-out text, and then a sample.
+Without a file it reads the 700 KB of help texts that ship with CPython (`pydoc_data.topics`). It prints a sample, and nats per
+character of training and of held-out text.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def transformer(vocabulary: int, context: int = CONTEXT) -> nn.Layer:
         nn.residual(nn.layer_norm(), nn.attention(HEADS, causal=True)),
         nn.residual(nn.layer_norm(), nn.dense(4 * FEATURES), jax.nn.gelu, nn.dense(FEATURES)),
     ).named("block")
-    places = nn.stateless(
+    position = nn.stateless(
         lambda key, x: {"w": 0.02 * jax.random.normal(key, (context, FEATURES))},
         lambda params, x: x + params["w"][: x.shape[-2]],
         "position",
     )
     return nn.serial(
         nn.embedding(vocabulary, FEATURES, w=jax.nn.initializers.normal(0.02)),
-        places,
+        position,
         *[block] * LAYERS,
         nn.layer_norm(),
         nn.dense(vocabulary),
@@ -44,7 +44,7 @@ def transformer(vocabulary: int, context: int = CONTEXT) -> nn.Layer:
 
 
 def load(path: str | None) -> tuple[np.ndarray, str]:
-    """The text as indices int32[n] into its alphabet, and the alphabet."""
+    """The text as indices int32[n] into its alphabet, and the alphabet as a string."""
     if path is None:
         from pydoc_data.topics import topics
 
@@ -57,15 +57,15 @@ def load(path: str | None) -> tuple[np.ndarray, str]:
 
 
 def batches(text: np.ndarray, seed: int = 0):
-    """Endless windows int32[BATCH, CONTEXT + 1] from random places."""
+    """Endless batches of windows int32[BATCH, CONTEXT + 1] at random positions."""
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.integers(0, len(text) - CONTEXT - 1, BATCH)
         yield text[starts[:, None] + np.arange(CONTEXT + 1)]
 
 
-def write(model: nn.Layer, params, key, length: int, *, temperature: float = 0.7) -> jax.Array:
-    """Sample int32[length] characters; a window of CONTEXT slides over what was written."""
+def sample(model: nn.Layer, params, key, length: int, *, temperature: float = 0.7) -> jax.Array:
+    """Sample int32[length] characters, each from the CONTEXT characters before it."""
 
     def next_character(window, key):
         logits = model(params, window[None])[0, -1] / temperature
@@ -86,9 +86,8 @@ def main(path: str | None = None) -> float:
         return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
     params, _ = model.init(jax.random.key(0), jnp.zeros((1, CONTEXT), jnp.int32))
-    print(
-        f"{len(text):,} characters of {len(alphabet)} kinds; {sum(p.size for p in jax.tree.leaves(params)):,} parameters"
-    )
+    size = sum(p.size for p in jax.tree.leaves(params))
+    print(f"{len(text):,} characters, {len(alphabet)} different ones; {size:,} parameters")
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, STEPS // 10, STEPS, 1e-4)
     update = fg.step(loss, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01)))
@@ -96,15 +95,12 @@ def main(path: str | None = None) -> float:
         state, log = fg.train(update, update.init(params), feed, steps=STEPS)
     print(log)
 
-    windows = next(batches(held_out, seed=1))
-    print(
-        f"\n{''.join(alphabet[k] for k in fg.jit(write, static_argnums=(0, 3))(model, state.params, jax.random.key(2), 400))}\n"
-    )
-    final = float(np.mean(log.metrics["loss"][-50:]))
-    print(
-        f"nats per character: {final:.3f} in training, {float(fg.jit(loss)(state.params, windows)):.3f} on held-out text"
-    )
-    return final
+    characters = fg.jit(sample, static_argnums=(0, 3))(model, state.params, jax.random.key(2), 400)
+    print(f"\n{''.join(alphabet[k] for k in characters)}\n")
+    training_loss = float(np.mean(log.metrics["loss"][-50:]))
+    held_out_loss = float(fg.jit(loss)(state.params, next(batches(held_out, seed=1))))
+    print(f"nats per character: {training_loss:.3f} in training, {held_out_loss:.3f} on held-out text")
+    return training_loss
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Static and dynamic graphs: three networks, run eagerly, traced and compiled, and what each way costs.
+"""Static and dynamic graphs: three networks, run eagerly, traced and compiled, and the cost of each.
 
     python examples/static_vs_dynamic.py [page.html]
 
-A dense network has the same operations for every input. A recurrent one over sentences, written as a loop of Python, has as many
-as there are words. One over trees has another program for every tree. Run eagerly, all three are just Python. Traced, each
-shape of its input is a program of its own, which has to be compiled.
+A dense network has the same operations for every input. A recurrent network over sentences, written as a Python loop, has more
+operations for longer sentences. A network over trees has a different program for every tree. In eager execution all three are
+plain Python. With tracing, each structure and shape of the input needs its own compiled program.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def mlp(params, x):
 
 
 def rnn(params, sentences):
-    """Sentences are lists of words, each as long as it is."""
+    """Sentences are lists of words, of any lengths."""
     total = jnp.zeros(())
     for words in sentences:
         state = jnp.zeros(WIDTH)
@@ -42,7 +42,7 @@ def rnn(params, sentences):
 
 
 def tree(params, node):
-    """A leaf is a vector, an inner node a pair (Socher et al. 2011, Parsing natural scenes and language)."""
+    """A leaf is a vector, an inner node a pair of nodes (Socher et al. 2011, Parsing natural scenes and language)."""
     return jnp.sum(encoded(params, node))
 
 
@@ -71,18 +71,16 @@ def main(page: str = "static_vs_dynamic.html") -> fg.Comparison:
     )
     print(studies)
     for s in studies.studies:
-        print(f"{s.name} of another input: {s.retraces[-1].strip()}")
+        print(f"{s.name} with another input: {s.retraces[-1].strip()}")
 
-    # Define-by-run: the gradient of what ran, whatever it was, and no program is compiled for it as a whole.
-    for f, params, other in ((rnn, cell, long), (tree, pair, large)):
+    # Define-by-run: the gradient of the recorded operations. No program is compiled for the whole function.
+    for f, params, x in ((rnn, cell, long), (tree, pair, large)):
         with fg.tape() as t:
-            value = f(params, other)
-        gradient, static = t.grad(value, params), fg.grad(f)(params, other)
-        gap = max(
-            float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (gradient, static)), strict=True)
-        )
+            value = f(params, x)
+        differences = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), t.grad(value, params), fg.grad(f)(params, x))
+        gap = max(map(float, jax.tree.leaves(differences)))
         print(
-            f"{f.__name__}: {len(t)} operations on the tape; its gradient and that of fg.grad differ by at most {gap:.0e}"
+            f"{f.__name__}: {len(t)} recorded operations; the gradients of tape and fg.grad differ by at most {gap:.0e}"
         )
     print(f"the reports are in {studies.save(page)}")
     return studies

@@ -6,9 +6,9 @@ import pathlib as _pathlib
 import sys as _sys
 import typing as _typing
 
-_here = _pathlib.Path(__file__).parent
-if not (_here / "transforms").exists():  # a checkout: the engine lies beside this folder; installed, it lies inside it
-    _engine = _here.parent / "transforms"
+_folder = _pathlib.Path(__file__).parent
+if not (_folder / "transforms").exists():  # a checkout: the engine is beside this folder; an install has it inside
+    _engine = _folder.parent / "transforms"
     _spec = _util.spec_from_file_location(f"{__name__}.transforms", _engine / "__init__.py")
     assert _spec is not None
     assert _spec.loader is not None
@@ -17,13 +17,14 @@ if not (_here / "transforms").exists():  # a checkout: the engine lies beside th
 
 from .transforms.core._jax import hide as _hide  # isort: skip
 
-_hide(str(_here))
+_hide(str(_folder))
 
 from . import nn, notebooks, transforms  # noqa: F401 - notebooks adds methods to results
 from .data.prefetch import prefetch
 from .eager.tape import Node, Tape, tape
-from .training import step, train
-from .transforms import *  # noqa: F403 - what its page lists
+from .training.loop import train
+from .training.update import step
+from .transforms import *  # noqa: F403 - its __all__
 
 if _typing.TYPE_CHECKING:
     from .eager.report import Comparison, Study  # noqa: F401
@@ -37,7 +38,7 @@ if _typing.TYPE_CHECKING:
     from .viewing.page import show  # noqa: F401
     from .viewing.schema import to_json  # noqa: F401
 
-_LATER = {  # imported on first use, so that importing funcgrad is quick
+_LAZY = {  # imported on first use, so that importing funcgrad is quick
     "eager.report": ("Comparison", "Study"),
     "eager.study": ("compare", "study"),
     "transforms.compilation.kernels.instructions": ("Kernel",),
@@ -52,11 +53,11 @@ _LATER = {  # imported on first use, so that importing funcgrad is quick
 
 
 def __getattr__(name: str) -> _typing.Any:
-    for module, names in _LATER.items():
+    for module, names in _LAZY.items():
         if name in names:
-            found = [getattr(_importlib.import_module(f"{__name__}.{module}"), each) for each in names]
-            globals().update(zip(names, found, strict=True))
-            return globals()[name]
+            exports = {export: getattr(_importlib.import_module(f"{__name__}.{module}"), export) for export in names}
+            globals().update(exports)
+            return exports[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -66,4 +67,4 @@ def __dir__() -> list[str]:
 
 __version__ = "0.1.0"
 __all__ = ["Node", "Tape", "nn", "prefetch", "step", "tape", "train"]
-__all__ += [*transforms.__all__, *(name for names in _LATER.values() for name in names)]
+__all__ += [*transforms.__all__, *(name for names in _LAZY.values() for name in names)]

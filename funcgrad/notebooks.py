@@ -32,10 +32,10 @@ def framed(result: Graph | Halves, graph: Graph) -> str:
     if sum(1 for _ in islice(walk(graph), LARGEST + 1)) > LARGEST:
         hint = "too large to be drawn here: fg.show(graph, path) writes it to a file"
         return f"<pre>{escape(str(result))}</pre><p>{hint}</p>"
-    from .viewing.page import page
+    from .viewing.page import html_page
 
     style = f"width:100%;height:{HEIGHT_PX}px;border:1px solid #d5dbe2"
-    return f'<iframe srcdoc="{escape(page(result))}" style="{style}"></iframe>'
+    return f'<iframe srcdoc="{escape(html_page(result))}" style="{style}"></iframe>'
 
 
 def html(report: Report) -> str:

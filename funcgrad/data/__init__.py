@@ -1,1 +1,1 @@
-"""Batches: `prefetch`."""
+"""Batches on the device: `prefetch`."""

@@ -1,9 +1,9 @@
-"""Feeding: batches that are on the device before the step asks for them.
+"""`prefetch`: a background thread puts batches on the device ahead of the step.
 
     producer thread:  wait for a free slot → next(batches) → device_put → queue
     consumer:         queue → free the slot → the step
 
-The queue has no bound; the slots do. So the last word of the producer, an exception or the end, never blocks.
+The slots bound the number of batches, not the queue. So the last item of the producer, an exception, never blocks.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +24,21 @@ from ..transforms.core.errors import ArgumentError, DataError, OptionError
 
 
 def prefetch(batches: Iterable[Any], size: int = 2, sharding: Any = None) -> Feed:
-    """Batches kept on the device ahead of the step by a background thread.
+    """An iterator whose background thread keeps batches on the device ahead of the step.
 
-    The thread starts at once. An exception in `batches` is raised again at the consumer, with its own type and
-    traceback, after the batches that came before it; then the iteration has ended.
+    The thread starts at once. The consumer gets an exception in `batches`, with its type and traceback, after the
+    batches before it; this ends the iteration.
 
     Args:
-      batches: any iterable of pytrees of arrays. Host arrays are copied: a producer may fill one buffer over and over.
-      size: how many batches wait on the device, at least 1, besides the one that the consumer holds.
+      batches: an iterable of pytrees of arrays. Host arrays are copied, so a producer may reuse its buffers.
+      size: number of batches that wait on the device, at least 1, besides the one that the consumer holds.
       sharding: a jax.sharding.Sharding or a device, or a pytree of them; None leaves the choice to JAX.
     Returns:
       A Feed: an iterator, and a context manager that closes it.
     Raises:
       ArgumentError: `batches` is not iterable, or is one batch: an array, a tuple of arrays or a dict.
       OptionError: `size` is below 1.
-      DataError: at the consumer, a leaf of a batch is not an array.
+      DataError: raised to the consumer: a leaf of a batch is not an array.
 
     >>> with prefetch([np.zeros(3), np.ones(3)]) as feed:
     ...     [float(batch.sum()) for batch in feed]
@@ -47,8 +47,8 @@ def prefetch(batches: Iterable[Any], size: int = 2, sharding: Any = None) -> Fee
     return Feed(batches, size, sharding)
 
 
-class Feed:
-    """The iterator that `prefetch` returns. Dropping it, or closing it, ends its thread."""
+class Feed(Iterator[Any], AbstractContextManager["Feed"]):
+    """The iterator that `prefetch` returns. Its thread ends when it is closed, or no longer referenced."""
 
     def __init__(self, batches: Iterable[Any], size: int, sharding: Any):
         if size < 1:
@@ -57,25 +57,22 @@ class Feed:
         self._slots, self._closed = threading.Semaphore(size), threading.Event()
         self._started_s: float | None = None
         self._ended_s = self._waited_s = 0.0
-        # The thread must not hold the feed, or a feed that is dropped would never be collected.
-        work = (source(batches, "prefetch"), sharding, self._slots, self._closed, self._ready)
+        # The thread must not refer to the feed: else the feed is never collected.
+        work = batch_iterator(batches, "prefetch"), sharding, self._slots, self._closed, self._ready
         config: Any = jax.config
-        context = config.jax_enable_x64, config.jax_default_device
+        context = config.jax_enable_x64, config.jax_default_device  # JAX keeps these per thread
         self._thread = threading.Thread(target=_produce, args=(work, context), name="funcgrad.prefetch", daemon=True)
         self._finalizer = weakref.finalize(self, _stop, self._thread, self._slots, self._closed, timeout=1.0)
         self._thread.start()
 
-    def __iter__(self) -> Self:
-        return self
-
     def __next__(self) -> Any:
         if self._closed.is_set():
             raise StopIteration
-        start = time.perf_counter()
+        start_s = time.perf_counter()
         batch, error = self._ready.get()
         self._ended_s = time.perf_counter()
-        self._started_s = start if self._started_s is None else self._started_s
-        self._waited_s += self._ended_s - start
+        self._started_s = start_s if self._started_s is None else self._started_s
+        self._waited_s += self._ended_s - start_s
         if error is None:
             self._slots.release()
             return batch
@@ -87,30 +84,27 @@ class Feed:
 
     @property
     def waited(self) -> float:
-        """The fraction, 0 to 1, of the consumer's time that it waited: from its first `next` to the end of its last."""
+        """The fraction, 0 to 1, of time that the consumer waited, from its first `next` to the end of its last."""
         return self._waited_s / (self._ended_s - self._started_s) if self._started_s is not None else 0.0
 
     def close(self) -> None:
-        """End the iteration and the thread; waits for the batch that is being made."""
+        """End the iteration and the thread; waits until `batches` has returned its next batch."""
         self._finalizer.detach()
         _stop(self._thread, self._slots, self._closed)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self.close()
 
 
 def _produce(work: tuple[Any, ...], context: tuple[bool, Any]) -> None:
     batches, sharding, slots, closed, ready = work
-    x64, device = context  # JAX keeps these per thread
+    x64, device = context
     try:
         with jax.enable_x64(x64), jax.default_device(device):
             while slots.acquire() and not closed.is_set():
-                ready.put((to_device(next(batches), sharding), None))
+                ready.put((jax.device_put(copy_host_arrays(next(batches)), sharding), None))
         raise StopIteration
-    except BaseException as error:  # StopIteration too: the consumer raises what was raised here
+    except BaseException as error:  # StopIteration too: the consumer raises it
         ready.put((None, error))
 
 
@@ -121,8 +115,8 @@ def _stop(thread: threading.Thread, slots: threading.Semaphore, closed: threadin
         thread.join(timeout)
 
 
-def source(batches: Iterable[Any], name: str) -> Any:
-    """`iter(batches)`, or an ArgumentError that speaks of `name`."""
+def batch_iterator(batches: Iterable[Any], name: str) -> Any:
+    """`iter(batches)`; raises an ArgumentError that names the function `name`."""
     is_array = lambda x: isinstance(x, np.ndarray | jax.Array)
     if isinstance(batches, dict) or is_array(batches) or (isinstance(batches, tuple) and all(map(is_array, batches))):
         what = f"{name} needs an iterable of batches, and got one batch: {type(batches).__name__}."
@@ -134,21 +128,13 @@ def source(batches: Iterable[Any], name: str) -> Any:
         raise ArgumentError(f"{name} cannot iterate over batches: {type(batches).__name__}.", hint=hint) from None
 
 
-def to_device(batch: Any, sharding: Any = None) -> Any:
-    """`batch` as jax arrays; host arrays are copied."""
-    own = owned(batch)
-    if sharding is not None:
-        return jax.device_put(own, sharding)
-    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), own)
+def copy_host_arrays(batch: Any) -> Any:
+    """`batch` with copies of its host arrays, which stay on the host until a program takes them.
 
-
-def owned(batch: Any) -> Any:
-    """`batch` in arrays that no one else writes: host arrays are copied, and on the host until a program takes them.
-
-    JAX may keep the host's own memory on CPU, while a program that runs later reads it.
+    On CPU, JAX may alias host memory, while a program that runs later reads it.
     """
     try:
-        return jax.tree.map(_owned, batch)
+        return jax.tree.map(_copy_host_array, batch)
     except TypeError:
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
@@ -158,8 +144,8 @@ def owned(batch: Any) -> Any:
         raise
 
 
-def _owned(leaf: Any) -> Any:
+def _copy_host_array(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf
-    is_plain = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc" and leaf.dtype.isnative
-    return np.array(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype)) if is_plain else jnp.array(leaf)
+    is_numeric = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc" and leaf.dtype.isnative
+    return np.array(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype)) if is_numeric else jnp.array(leaf)

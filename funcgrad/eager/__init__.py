@@ -1,9 +1,9 @@
 """Eager execution beside tracing.
 
-tape          the eager graph, recorded as it runs, and its define-by-run gradient
+tape          tape: records the operations of an eager run, and differentiates it
 pullbacks     the derivative of one recorded operation
-study         study and compare: eager, traced and compiled
-report        their results
+study         study and compare: a function run eagerly, traced and compiled
+report        the results of study and compare
 line_tracing  the Python lines that run
-advice        what to write where tracing refuses a program
+advice        the reason why tracing fails, and what to write instead
 """

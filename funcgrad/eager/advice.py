@@ -1,4 +1,4 @@
-"""Why a function cannot be traced: the line, the value that was asked for, and what to write instead."""
+"""Why a function cannot be traced: the line, the value that it asks for, and what to write instead."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from ..transforms.core.errors import FuncgradError
-from .line_tracing import is_users
+from .line_tracing import is_user_source
 from .tape import Node
 
-# error of JAX's -> what Python asked of a traced value, and what to write instead
+# JAX's error -> what Python asks of a traced value, and what to write instead
 _HINTS: dict[type[Exception], tuple[str, str]] = {
     jax.errors.TracerBoolConversionError: (
         "a truth value",
@@ -41,10 +41,10 @@ class Refusal:
 
     Attributes:
       error: the name of JAX's exception.
-      line: the user's line, as "model.py:41 (attention)"; source: what stands there.
-      asked: what Python asked for.
-      value: the single number that this line computed last when the function ran eagerly, as text; "" if there is none.
-      instead: what to write.
+      line: the user's line, as "model.py:41 (attention)"; source: its text.
+      asked: what Python asks for.
+      value: the last single number that this line computed in the eager run, as text; "" if there is none.
+      instead: what to write instead.
     """
 
     error: str
@@ -55,24 +55,24 @@ class Refusal:
     instead: str
 
     def __str__(self) -> str:
-        seen = f" (eagerly, {self.value})" if self.value else ""
-        where = f" at {self.line}\n  {self.source}" if self.line else ""
-        return f"{self.error}{where}\n  Python asks for {self.asked}{seen}\n  instead: {self.instead}"
+        value = f" (eagerly, {self.value})" if self.value else ""
+        place = f" at {self.line}\n  {self.source}" if self.line else ""
+        return f"{self.error}{place}\n  Python asks for {self.asked}{value}\n  instead: {self.instead}"
 
 
 def refusal(error: Exception, nodes: Sequence[Node]) -> Refusal:
-    """Explain why tracing failed where the eager run did not."""
-    lines = str(error).splitlines() or [""]
-    instead = (
-        lines[-1].removeprefix("  try").strip() if isinstance(error, FuncgradError) else f"what does not: {lines[0]}"
-    )
-    general = "what it has only when it runs", instead
-    asked, instead = next((pair for kind, pair in _HINTS.items() if isinstance(error, kind)), general)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
-    line = f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].name})" if frames else ""
-    place = line.rpartition(" ")[0]
-    there = (node for node in nodes if place and (node.line or "").rpartition(" ")[0] == place)
+    """Explain why tracing failed; `nodes` are those of the eager run, which did not fail."""
+    asked, instead = next((hint for kind, hint in _HINTS.items() if isinstance(error, kind)), ("", ""))
+    if not asked:
+        lines = str(error).splitlines() or [""]
+        is_ours = isinstance(error, FuncgradError)
+        instead = lines[-1].removeprefix("  try").strip() if is_ours else f"what does not: {lines[0]}"
+        asked = "what it has only when it runs"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_user_source(f.filename)]
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    line, source = (f"{place} ({frames[-1].name})", frames[-1].line or "") if frames else ("", "")
     kind = np.integer if isinstance(error, jax.errors.TracerIntegerConversionError) else np.generic
-    numbers = [x for node in there for x in node.outputs if x.size == 1 and jax.dtypes.issubdtype(x.dtype, kind)]
+    outputs = (x for node in nodes if place and (node.line or "").rpartition(" ")[0] == place for x in node.outputs)
+    numbers = [x for x in outputs if x.size == 1 and jax.dtypes.issubdtype(x.dtype, kind)]
     value = np.array2string(np.asarray(numbers[-1]), precision=4) if numbers else ""
-    return Refusal(type(error).__name__, line, (frames[-1].line or "") if frames else "", asked, value, instead)
+    return Refusal(type(error).__name__, line, source, asked, value, instead)

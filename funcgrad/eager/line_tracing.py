@@ -1,7 +1,7 @@
-"""What Python does while a function runs: which branches it takes, how often loops go round, what is printed.
+"""The Python lines that run: branches taken, iterations of loops, printed text.
 
-Lines are counted by `sys.settrace` in the user's files; what they mean is read off the source. So a branch on a line of its own
-is seen, and `a if b else c` within a line is not.
+`sys.settrace` counts transitions between lines of the user's files; the syntax tree says what they mean. So a branch on its own
+line is seen, and `a if b else c` within a line is not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import linecache
 import sys
 import sysconfig
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
@@ -28,12 +28,12 @@ _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdli
 
 @dataclass(frozen=True)
 class Branch:
-    """An `if` that Python went through.
+    """An `if` statement that ran.
 
     Attributes:
       line: as "model.py:41 (attention)".
-      test: its source.
-      taken, not_taken: the lines of source that its parts begin with, "" for an else that is not there.
+      test: source of its condition.
+      taken, not_taken: first source lines of its sides, "" for an absent else.
     """
 
     line: str
@@ -43,8 +43,8 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Unrolled:
-    """A loop of Python that went round `times` times, all its runs together."""
+class UnrolledLoop:
+    """A Python loop with `times` iterations, all its runs together."""
 
     line: str
     head: str
@@ -52,130 +52,125 @@ class Unrolled:
 
 
 @dataclass
-class Noticed:
-    """What was noticed: how often each function went from a line to another, and what was printed."""
+class PythonRun:
+    """The lines that ran: the count of each transition from a line to the next in a function, and the printed lines."""
 
-    steps: Counter[tuple[CodeType, int, int]] = field(default_factory=Counter)
+    transitions: Counter[tuple[CodeType, int, int]] = field(default_factory=Counter)
     printed: list[str] = field(default_factory=list)
 
     def branches(self) -> list[Branch]:
-        """The `if` statements that were reached, in the order of the source."""
-        found = []
-        for code, node in self._statements(ast.If):
-            head, body = range(node.lineno, node.body[0].lineno), node.body[0].lineno
-            if not head:  # all on one line
-                continue
-            into = self._entered(code, head, body)
-            beside = sum(n for (c, a, b), n in self.steps.items() if c is code and a in head and b not in head) - into
-            is_elif = len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If)  # it is one of its own
-            other = _source(code, node.orelse[0].lineno) if node.orelse and not is_elif else ""
-            parts = [(_source(code, body), into), (other, beside)]
-            taken, left = ([text for text, n in parts if bool(n) is ran] for ran in (True, False))
-            found.append(Branch(_line(code, node.lineno), ast.unparse(node.test), tuple(taken), tuple(left)))
-        return found
+        """The `if` statements that ran, in the order of the source."""
+        branches = []
+        for code, node, head in self._statements(ast.If):
+            exits = sum(n for (c, a, b), n in self.transitions.items() if c is code and a in head and b not in head)
+            count = self._entries(code, node, head)
+            is_elif = len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If)  # a statement of its own
+            orelse = _source(code, node.orelse[0].lineno) if node.orelse and not is_elif else ""
+            sides = [(_source(code, node.body[0].lineno), count), (orelse, exits - count)]
+            taken, not_taken = (tuple(text for text, n in sides if bool(n) is is_taken) for is_taken in (True, False))
+            branches.append(Branch(_line(code, node), ast.unparse(node.test), taken, not_taken))
+        return branches
 
-    def loops(self) -> list[Unrolled]:
-        """The `for` and `while` statements that were reached, in the order of the source."""
-        found = []
-        for code, node in self._statements((ast.For, ast.While)):
-            if head := range(node.lineno, node.body[0].lineno):
-                text = _source(code, node.lineno).rstrip(":")
-                times = self._entered(code, head, node.body[0].lineno)
-                found.append(Unrolled(_line(code, node.lineno), text, times))
-        return found
+    def loops(self) -> list[UnrolledLoop]:
+        """The `for` and `while` statements that ran, in the order of the source."""
+        return [
+            UnrolledLoop(_line(code, node), _source(code, node.lineno).rstrip(":"), self._entries(code, node, head))
+            for code, node, head in self._statements((ast.For, ast.While))
+        ]
 
-    def _entered(self, code: CodeType, head: range, body: int) -> int:
-        """How often a function went from the head of a statement into its body."""
-        return sum(n for (c, a, b), n in self.steps.items() if c is code and a in head and b == body)
+    def _entries(self, code: CodeType, node: Any, head: range) -> int:
+        """The number of transitions from the head of a statement into its body."""
+        body = node.body[0].lineno
+        return sum(n for (c, a, b), n in self.transitions.items() if c is code and a in head and b == body)
 
-    def _statements(self, kind: Any) -> Iterator[tuple[CodeType, Any]]:
-        codes = dict.fromkeys(code for code, _, _ in self.steps)
-        for code in sorted(codes, key=lambda code: (code.co_filename, code.co_firstlineno)):
-            reached = {line for known, _, line in self.steps if known is code}
-            statements = _parsed(code.co_filename, "".join(linecache.getlines(code.co_filename)))
-            for node in (node for node in statements if isinstance(node, kind) and node.lineno in reached):
-                yield code, node
+    def _statements(self, kind: Any) -> Iterator[tuple[CodeType, Any, range]]:
+        """The statements of a kind that ran, with the lines of their heads; not those on a single line."""
+        lines: dict[CodeType, set[int]] = defaultdict(set)
+        for code, _, line in self.transitions:
+            lines[code].add(line)
+        for code in sorted(lines, key=lambda code: (code.co_filename, code.co_firstlineno)):
+            for node in _parsed(code.co_filename, "".join(linecache.getlines(code.co_filename))):
+                if isinstance(node, kind) and node.lineno in lines[code] and node.lineno < node.body[0].lineno:
+                    yield code, node, range(node.lineno, node.body[0].lineno)
 
 
 @contextlib.contextmanager
-def noticing(f: Any) -> Iterator[Noticed]:
-    """Notice what this thread does in the user's files, that of `f` among them; what it prints is kept and not shown."""
-    noticed, before = Noticed(), sys.gettrace()
-    own = getattr(getattr(inspect.unwrap(f), "__code__", None), "co_filename", "")
-    is_user: dict[str, bool] = {own: True}
+def trace_lines(f: Any) -> Iterator[PythonRun]:
+    """Record the lines of this thread in the user's files and in the file of `f`. Its output is recorded, not shown."""
+    run, previous_trace = PythonRun(), sys.gettrace()
+    own_file = getattr(getattr(inspect.unwrap(f), "__code__", None), "co_filename", "")
+    is_traced = functools.cache(lambda filename: filename == own_file or is_user_source(filename))
 
-    def called(frame: FrameType, event: str, _: Any) -> Any:
-        code, last = frame.f_code, 0
-        if code.co_filename not in is_user:
-            is_user[code.co_filename] = is_users(code.co_filename)
+    def on_call(frame: FrameType, event: str, _: Any) -> Any:
+        code, last_line = frame.f_code, 0
 
-        def line(frame: FrameType, event: str, _: Any) -> Any:
-            nonlocal last
+        def on_line(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal last_line
             if event == "line":
-                noticed.steps[code, last, frame.f_lineno] += 1
-                last = frame.f_lineno
-            return line
+                run.transitions[code, last_line, frame.f_lineno] += 1
+                last_line = frame.f_lineno
+            return on_line
 
-        return line if is_user[code.co_filename] else None
+        return on_line if is_traced(code.co_filename) else None
 
-    with silent() as printed:
-        sys.settrace(called)
+    with captured_output() as output:
+        sys.settrace(on_call)
         try:
-            yield noticed
+            yield run
         finally:
-            sys.settrace(before)
-            noticed.printed += printed.getvalue().splitlines()
+            sys.settrace(previous_trace)
+            run.printed += output.getvalue().splitlines()
 
 
-def is_users(filename: str) -> bool:
-    """Whether a file is the user's, and no library's."""
+def is_user_source(filename: str) -> bool:
+    """Whether a file belongs to the user, not to a library."""
     return _jax.is_user_file(filename) and not filename.startswith(_LIBRARIES)
 
 
 @contextlib.contextmanager
-def silent() -> Iterator[io.StringIO]:
-    """What this thread prints is kept; what others print is shown."""
-    kept, thread = io.StringIO(), threading.get_ident()
+def captured_output() -> Iterator[io.StringIO]:
+    """Capture what this thread prints; the output of other threads is shown."""
+    buffer, thread = io.StringIO(), threading.get_ident()
     with _lock:
-        if not isinstance(sys.stdout, _Writer):
-            sys.stdout = _Writer(sys.stdout)
-        writer = sys.stdout
-        writer.kept.setdefault(thread, []).append(kept)
+        if not isinstance(sys.stdout, _ThreadOutput):
+            sys.stdout = _ThreadOutput(sys.stdout)
+        output = sys.stdout
+        output.buffers[thread].append(buffer)
     try:
-        yield kept
+        yield buffer
     finally:
         with _lock:
-            writer.kept[thread].pop()
-            if sys.stdout is writer and not any(writer.kept.values()):
-                sys.stdout = writer.shown
+            output.buffers[thread].pop()
+            if sys.stdout is output and not any(output.buffers.values()):
+                sys.stdout = output.stdout
 
 
 _lock = threading.Lock()
 
 
-class _Writer(io.TextIOBase):
-    """The process's output while some thread keeps its own."""
+class _ThreadOutput(io.TextIOBase):
+    """A standard output that writes to the innermost buffer of a thread, if it has one."""
 
-    def __init__(self, shown: Any):
-        self.shown = shown
-        self.kept: dict[int, list[io.StringIO]] = {}
+    def __init__(self, stdout: Any):
+        self.stdout = stdout
+        self.buffers: dict[int, list[io.StringIO]] = defaultdict(list)
 
     def write(self, text: str) -> int:
-        """Keep the text, or show it."""
-        kept = self.kept.get(threading.get_ident())
-        return (kept[-1] if kept else self.shown).write(text)
+        """Write to the buffer of this thread, or show the text."""
+        buffers = self.buffers.get(threading.get_ident())
+        return (buffers[-1] if buffers else self.stdout).write(text)
 
     def flush(self) -> None:
-        """Show what was not yet."""
-        self.shown.flush()
+        """Flush the shown output."""
+        self.stdout.flush()
 
 
 @functools.lru_cache(maxsize=16)
 def _parsed(filename: str, text: str) -> list[ast.stmt]:
-    """The statements of a file, none where it is no Python, as a notebook's cell with magic."""
+    """The statements of a file, in order; none if it is not plain Python, as a notebook cell with magic."""
     with contextlib.suppress(SyntaxError):
-        found = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt))
-        return sorted(found, key=lambda node: node.lineno)
+        statements = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt))
+        return sorted(statements, key=lambda node: node.lineno)
     return []
 
 
@@ -183,5 +178,5 @@ def _source(code: CodeType, line: int) -> str:
     return linecache.getline(code.co_filename, line).strip()
 
 
-def _line(code: CodeType, line: int) -> str:
-    return f"{code.co_filename}:{line} ({code.co_name})"
+def _line(code: CodeType, node: ast.stmt) -> str:
+    return f"{code.co_filename}:{node.lineno} ({code.co_name})"

@@ -1,4 +1,4 @@
-"""The derivative of one operation that ran: through which inputs it varies, and its pull-back, compiled once per kind."""
+"""The derivative of one recorded operation: the inputs and outputs that are active, and its pullback, compiled once per kind."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ class Operation(NamedTuple):
         return list(outputs) if self.primitive.multiple_results else [outputs]
 
 
-def varying(f: Any, inputs: Sequence[Any], varied: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Through which of these inputs `f`, an Operation or another function, varies, and which of its outputs do.
+def activity(f: Any, inputs: Sequence[Any], wrt: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The active ones among the inputs `wrt` of `f`, an Operation or another function, and the active outputs.
 
-    Where a derivative is zero whatever the values are, as that of floor, nothing varies.
+    Derivatives that are zero for all values, as that of floor, make nothing active.
     """
     avals = tuple(map(jax.typeof, inputs))
-    if isinstance(f, Operation) and f.primitive in _operations():
+    if isinstance(f, Operation) and f.primitive in _plain_primitives():
         with suppress(TypeError):  # parameters without a hash
-            return _varying(f.primitive, tuple(f.params.items()), avals, varied)
-    return varied, _outputs_of(_jax.stage_flat(f, avals, _jax.no_names), varied)
+            return _operation_activity(f.primitive, tuple(f.params.items()), avals, wrt)
+    return wrt, _active_outputs(_jax.stage_flat(f, avals, _jax.no_names), wrt)
 
 
-def pulled_back(f: Any, inputs: Sequence[Any], varied: tuple[int, ...], cotangents: Sequence[Any]) -> list[Any]:
-    """The cotangents of some inputs of `f`, of those of its outputs, which are None where nothing depends on them."""
+def pull_back(f: Any, inputs: Sequence[Any], wrt: tuple[int, ...], cotangents: Sequence[Any]) -> list[Any]:
+    """The cotangents of the inputs `wrt` of `f`, from those of its outputs; None stands for zero."""
     if not isinstance(f, Operation):
-        return _pull_back(f, varied, inputs, cotangents)
-    kept = _of_operation if f.primitive in _operations() else _of_program
+        return _vjp(f, wrt, inputs, cotangents)
+    compile_cached = _compiled_operation if f.primitive in _plain_primitives() else _compiled_program
+    kind = f.primitive, tuple(f.params.items()), wrt
     try:
-        compiled = kept(f.primitive, tuple(f.params.items()), varied)
+        compiled = compile_cached(*kind)
     except TypeError:  # parameters without a hash
-        compiled = _compiled(f.primitive, tuple(f.params.items()), varied)
+        compiled = _compiled(*kind)
     return compiled(inputs, cotangents)
 
 
@@ -57,41 +58,41 @@ def is_float(x: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _varying(primitive: Any, params: tuple, avals: tuple, varied: tuple[int, ...]) -> Any:
+def _operation_activity(primitive: Any, params: tuple, avals: tuple, wrt: tuple[int, ...]) -> Any:
     operation: Any = Operation(primitive, dict(params))
     jaxpr = _jax.stage_flat(operation, avals, _jax.no_names)
-    return tuple(k for k in varied if _outputs_of(jaxpr, (k,))), _outputs_of(jaxpr, varied)
+    return tuple(k for k in wrt if _active_outputs(jaxpr, (k,))), _active_outputs(jaxpr, wrt)
 
 
-def _outputs_of(jaxpr: Any, varied: tuple[int, ...]) -> tuple[int, ...]:
-    """The outputs that vary with some inputs: those with tangents."""
-    _, found = _jax.jvp_of(jaxpr, [k in varied for k in range(len(jaxpr.in_avals))], False)
-    return tuple(k for k, is_varying in enumerate(found) if is_varying)
+def _active_outputs(jaxpr: Any, wrt: tuple[int, ...]) -> tuple[int, ...]:
+    """The outputs that have tangents if the inputs `wrt` have."""
+    _, has_tangent = _jax.jvp_of(jaxpr, [k in wrt for k in range(len(jaxpr.in_avals))], False)
+    return tuple(k for k, is_active in enumerate(has_tangent) if is_active)
 
 
-def _compiled(primitive: Any, params: tuple, varied: tuple[int, ...]) -> Callable:
-    return jax.jit(functools.partial(_pull_back, Operation(primitive, dict(params)), varied))
+def _compiled(primitive: Any, params: tuple, wrt: tuple[int, ...]) -> Callable:
+    return jax.jit(functools.partial(_vjp, Operation(primitive, dict(params)), wrt))
 
 
-# JAX's own operations hold nothing of the user's; bodies of loops and callbacks do, so few of these are kept.
-_of_operation = functools.lru_cache(maxsize=4096)(_compiled)
-_of_program = functools.lru_cache(maxsize=64)(_compiled)
+# Parameters of JAX's plain primitives refer to no user objects; bodies of loops and callbacks do, so few of those are cached.
+_compiled_operation = functools.lru_cache(maxsize=4096)(_compiled)
+_compiled_program = functools.lru_cache(maxsize=64)(_compiled)
 
 
 @functools.cache
-def _operations() -> frozenset[Any]:
-    """JAX's own operations without sub-graphs."""
-    every = (getattr(lax, name) for name in dir(lax) if name.endswith("_p"))
-    return frozenset(p for p in every if not subjaxprs.has_bodies(p))
+def _plain_primitives() -> frozenset[Any]:
+    """JAX's own primitives without sub-graphs."""
+    primitives = (getattr(lax, name) for name in dir(lax) if name.endswith("_p"))
+    return frozenset(p for p in primitives if not subjaxprs.has_bodies(p))
 
 
-def _pull_back(f: Any, varied: tuple[int, ...], inputs: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-    def of_varied(*some):
-        given = dict(zip(varied, some, strict=True))
-        return f(*(given.get(k, x) for k, x in enumerate(inputs)))
+def _vjp(f: Any, wrt: tuple[int, ...], inputs: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+    def of_active(*active):
+        values = dict(zip(wrt, active, strict=True))
+        return f(*(values.get(k, x) for k, x in enumerate(inputs)))
 
-    outputs, pull = vjp(of_varied, *(inputs[k] for k in varied))
-    return pull([_zero(x) if c is None else c for x, c in zip(outputs, cotangents, strict=True)])
+    outputs, pullback = vjp(of_active, *(inputs[k] for k in wrt))
+    return pullback([_zero(x) if c is None else c for x, c in zip(outputs, cotangents, strict=True)])
 
 
 def _zero(x: Any) -> Any:

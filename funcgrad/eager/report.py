@@ -1,4 +1,4 @@
-"""`Study` and `Comparison`: what was found, as text, in notebooks, as HTML and as plain values."""
+"""`Study` and `Comparison`: results as text, in notebooks, as HTML and as plain values."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..transforms.core.graph import Graph
 from ..transforms.core.report import Report, Result, Table
 from ..transforms.cost.formatting import format_bytes, format_seconds
 from .advice import Refusal
-from .line_tracing import Noticed
+from .line_tracing import PythonRun
 from .tape import Tape
 
-SHOWN = 12  # rows of a section
-LEAST_GAIN = 0.95  # of the eager time: what is less than this is so by more than chance
+MOST_ROWS = 12  # of a section
+LEAST_GAIN = 0.95  # compilation pays if a compiled call takes less than this part of the eager time
 
 
 class Page(Result):
@@ -43,7 +43,7 @@ class Page(Result):
 
 @dataclass(frozen=True)
 class Constant:
-    """An array that was burned into the program: its name in the function, "" if it has none, type and bytes."""
+    """An array that is a constant of the program: its name in the function, "" if it has none, type and bytes."""
 
     name: str
     type: str
@@ -60,7 +60,7 @@ class Times:
 
     @property
     def pays_after(self) -> int | None:
-        """After how many calls tracing and compiling has paid; None for never."""
+        """The number of calls after which compilation has paid; None for never."""
         if self.first_s is None or self.compiled_s is None or self.compiled_s >= LEAST_GAIN * self.eager_s:
             return None
         return math.ceil((self.first_s - self.compiled_s) / (self.eager_s - self.compiled_s))
@@ -71,9 +71,9 @@ class Difference:
     """Eager and compiled values differ by more than rounding.
 
     Attributes:
-      gap: by how much at most, as a part of the largest value.
-      primitive, scope, line: the first operation whose compiled value differs; "" if the operations agree, so that Python did
-        something else while it was traced.
+      gap: the largest difference, relative to the largest value.
+      primitive, scope, line: the first operation whose compiled value differs; "" if all operations agree: then Python took
+        another path while it was traced.
     """
 
     gap: float
@@ -82,43 +82,43 @@ class Difference:
     line: str
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Study(Page):
-    """What eager execution, tracing and compiling do with a function. Its text is the report.
+    """Eager execution, tracing and compilation of a function. Its text is the report.
 
     Attributes:
       name: of the function.
-      noticed: what Python did while it was traced (while it ran, if it cannot be traced): `branches()`, `loops()`, `printed`.
-      eager_operations: how many operations ran eagerly, those of jitted functions one by one.
-      traced_equations: how many the traced program has, bodies of loops and branches once; None if it cannot be traced.
-      constants: arrays burned into the program.
-      fixed: what the trace was made for, in words.
-      retraces: what was traced for these arguments, and for the others, and why.
+      noticed: Python's `branches()`, `loops()` and `printed` lines in the traced run (in the eager run, if it cannot be traced).
+      eager_operations: number of operations of the eager run; those of jitted functions count one by one.
+      traced_equations: number of equations, bodies of loops and branches once; None if it cannot be traced.
+      constants: arrays that are constants of the program.
+      fixed: the types and static arguments of this trace, in words.
+      retraces: the traces for these arguments and for the others, with their causes.
       kernels: the compiled program.
-      eager_peak_bytes: the most bytes of results alive at a time in an eager run that drops each after its last use.
-      times: of a call, eager, first, compiled.
-      difference: where eager and compiled values first differ; None if by rounding alone.
+      eager_peak_bytes: peak of live bytes of results in an eager run that frees each after its last use.
+      times: of a call: eager, first, compiled.
+      difference: where eager and compiled values first differ; None if they are equal up to rounding.
       refusal: why it cannot be traced; None if it can.
-      tape, graph: the eager run and the traced program themselves.
+      tape, graph: the eager run and the traced program.
     """
 
     name: str
-    noticed: Noticed
+    noticed: PythonRun
     eager_operations: int
-    traced_equations: int | None
-    constants: tuple[Constant, ...]
-    fixed: tuple[str, ...]
-    retraces: tuple[str, ...]
-    kernels: Compiled | None
+    traced_equations: int | None = None
+    constants: tuple[Constant, ...] = ()
+    fixed: tuple[str, ...] = ()
+    retraces: tuple[str, ...] = ()
+    kernels: Compiled | None = None
     eager_peak_bytes: int
     times: Times
-    difference: Difference | None
-    refusal: Refusal | None
+    difference: Difference | None = None
+    refusal: Refusal | None = None
     tape: Tape = field(compare=False)
-    graph: Graph | None = field(compare=False)
+    graph: Graph | None = field(compare=False, default=None)
 
     def report(self) -> Report:
-        """A table for each thing that is known."""
+        """The totals, and a table for each subject."""
         t, k = self.times, self.kernels
         count = lambda n: "-" if n is None else f"{n:,}"
         seconds = lambda s: "-" if s is None else format_seconds(s)
@@ -144,11 +144,11 @@ class Study(Page):
         tables += [
             Table(self._python(), title=f"Python, while it {'was traced' if self.graph is not None else 'ran'}"),
             Table(constants, title="burned in"),
-            Table([(text,) for text in self.fixed], title="made for", limit=SHOWN),
+            Table([(text,) for text in self.fixed], title="made for", limit=MOST_ROWS),
             Table([(text,) for text in self.retraces], title="traced"),
         ]
         if k:
-            blocks = k.report(lines=SHOWN).blocks
+            blocks = k.report(lines=MOST_ROWS).blocks
             tables.append(Table([(block,) for block in blocks if isinstance(block, str)], title="kernels"))
             tables += [block for block in blocks if isinstance(block, Table)]
         return Report(tuple(table for table in tables if table.rows))
@@ -161,19 +161,15 @@ class Study(Page):
             return f"{gap}: the operations agree, so Python did something else while it was traced"
         return f"{gap}, first at '{d.primitive}' {d.scope} {d.line}"
 
-    def _python(self) -> list[list[str]]:
-        rows = [[f"printed {text!r}", "once, and not in later calls"] for text in self.noticed.printed]
+    def _python(self) -> list[tuple[str, str]]:
+        rows = [(f"printed {text!r}", "once, and not in later calls") for text in self.noticed.printed]
         for loop in self.noticed.loops():
-            rows.append([_short(loop.line), f"{loop.head}: went round {loop.times} times, each a part of the program"])
+            text = f"{loop.head}: went round {loop.times} times, each a part of the program"
+            rows.append((os.path.basename(loop.line), text))
         for branch in self.noticed.branches():
-            other = ", ".join(filter(None, branch.not_taken))
-            left = f"; not in the program: {other}" if other else ""
-            rows.append(
-                [
-                    _short(branch.line),
-                    f"if {branch.test}: {' and '.join(filter(None, branch.taken)) or 'not taken'}{left}",
-                ]
-            )
+            taken, not_taken = " and ".join(filter(None, branch.taken)), ", ".join(filter(None, branch.not_taken))
+            absent = f"; not in the program: {not_taken}" if not_taken else ""
+            rows.append((os.path.basename(branch.line), f"if {branch.test}: {taken or 'not taken'}{absent}"))
         return rows
 
     def dict(self) -> dict[str, Any]:
@@ -202,7 +198,7 @@ class Study(Page):
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Page):
-    """Studies beside each other, one row for each."""
+    """A table of studies, one row each."""
 
     studies: tuple[Study, ...]
 
@@ -241,10 +237,6 @@ class Comparison(Page):
 
     def __repr__(self) -> str:
         return f"Comparison({', '.join(s.name for s in self.studies)})"
-
-
-def _short(line: str) -> str:
-    return os.path.basename(line)
 
 
 def _rich(report: Report) -> Any:

@@ -1,17 +1,16 @@
-"""`tape`: the eager graph, recorded as it runs.
+"""`tape`: the operations of an eager run, recorded as they run, and their gradient.
 
-While a tape is open, what is computed goes through a `Trace` of ours that computes it at once and keeps it: values stay plain
-arrays, so Python branches, loops, `float(x)` and NumPy see what they would see without. What is jitted is run operation by
-operation.
+While a tape is open, a `Trace` computes each operation at once and records it. Values stay plain arrays, so Python branches,
+loops, `float(x)` and NumPy behave as without a tape. Jitted functions run operation by operation.
 
-This is the Wengert list of define-by-run systems. Source: R. E. Wengert, A simple automatic derivative evaluation program,
+The tape is the Wengert list of define-by-run systems. Source: R. E. Wengert, A simple automatic derivative evaluation program,
 1964, doi:10.1145/355586.364791.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,7 +24,8 @@ from ..transforms.core.graph import Graph, trace
 from ..transforms.core.pass_trace import Bound, bind, driven, functions_of
 from ..transforms.core.passes import Pass
 from ..transforms.core.report import Report, Result, Table
-from .pullbacks import Operation, is_float, pulled_back, varying
+from ..transforms.core.text import short
+from .pullbacks import Operation, activity, is_float, pull_back
 
 
 class Node(NamedTuple):
@@ -35,10 +35,10 @@ class Node(NamedTuple):
       index: its place on the tape.
       primitive, params: the operation; control flow of `jax.lax` is one, and so is a function with its own derivative.
       inputs, outputs: its values: arrays, and inputs that are Python numbers.
-      parents: for each input, which node made it, as (index, output); None for what was there before, and for numbers.
-      elapsed_s: wall time until its outputs were there, in seconds.
-      sources: tracebacks and scopes, as equations have them: its own, then those of the calls around it.
-      again: computes the outputs, a list, from values for the inputs, under any transform.
+      parents: for each input, the node that computed it, as (index, output); None for values from before, and for numbers.
+      elapsed_s: wall time until its outputs were computed, in seconds.
+      sources: source infos, as equations have them: its own, then those of the enclosing calls.
+      again: recomputes the list of outputs from values for the inputs, under any transform.
     """
 
     index: int  # type: ignore[assignment]
@@ -60,28 +60,24 @@ class Node(NamedTuple):
     def line(self) -> str | None:
         """The user's line that ran it, as "file.py:41 (function)"."""
         lines = (_jax.line_of(Bound(self.primitive, self.params, source)) for source in self.sources)
-        return next(filter(None, lines), None)  # what jax.numpy jits has none of its own
+        return next(filter(None, lines), None)  # operations in the jitted functions of jax.numpy have no user line
 
     def __str__(self) -> str:
-        given = " ".join(
-            f"{jax.typeof(x).str_short(short_dtypes=True)}" if parent is None else _name(*parent)
-            for x, parent in zip(self.inputs, self.parents, strict=True)
-        )
-        made = ", ".join(
-            f"{_name(self.index, k)}:{jax.typeof(x).str_short(short_dtypes=True)}" for k, x in enumerate(self.outputs)
-        )
-        return f"{made or f'%{self.index}'} = {self.primitive} {given}"
+        pairs = zip(self.inputs, self.parents, strict=True)
+        inputs = " ".join(short(jax.typeof(x)) if parent is None else _name(*parent) for x, parent in pairs)
+        outputs = ", ".join(f"{_name(self.index, k)}:{short(jax.typeof(x))}" for k, x in enumerate(self.outputs))
+        return f"{outputs or f'%{self.index}'} = {self.primitive} {inputs}"
 
 
 class Tape(Result):
-    """What ran while it was open: its nodes, in the order in which they ran.
+    """The operations that ran while it was open, as nodes in the order of execution.
 
-    It keeps every value that it saw.
+    A tape keeps all values of its nodes alive.
     """
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
-        self.makers: dict[int, tuple[int, int]] = {}  # by the identity of a value, which some node keeps alive
+        self.makers: dict[int, tuple[int, int]] = {}  # by the id of a value, which a node keeps alive
 
     def record(self, eqn: Any, values: Sequence[Any], run: Callable[..., list[Any]], sources: tuple) -> list[Any]:
         """Run an operation and keep it; its outputs."""
@@ -104,20 +100,20 @@ class Tape(Result):
         return outputs
 
     def grad(self, loss: Any, wrt: Any) -> Any:
-        """The gradient of a recorded scalar, define-by-run: by the operations that ran, on the values that they had.
+        """The gradient of a recorded scalar, define-by-run: from the recorded operations and their values.
 
-        So branches and loops of Python differentiate. It may be taken again, of other scalars or with respect to other values.
-        A function with its own derivative (`jax.custom_jvp`, `jax.custom_vjp`) is called once more for it.
+        So it differentiates through Python branches and loops. A tape gives any number of gradients, of several scalars and
+        with respect to several values. Functions with their own derivative (`jax.custom_jvp`, `jax.custom_vjp`) run once more.
 
         Args:
-          loss: a scalar that was computed while the tape was open, real, of shape ().
-          wrt: a pytree of arrays, the very ones that the computation used: what it was given, or computed itself.
+          loss: a real scalar of shape () that was computed while the tape was open.
+          wrt: a pytree of arrays: the same objects that the computation used or computed.
         Returns:
-          The gradient, a tree of arrays as `wrt`; zeros with respect to what `loss` does not depend on.
+          The gradient, a tree of arrays as `wrt`; zeros for values that `loss` does not depend on.
         Raises:
           NotScalarError: `loss` is not of shape (), or not real. Also a TypeError, as in jax.grad.
-          ArgumentError: `loss` was not computed on this tape, a leaf of `wrt` is not an array of floats, or what lies between
-            goes through references. Also a TypeError.
+          ArgumentError: `loss` was not computed on this tape, a leaf of `wrt` is not an array of floats, or an operation
+            between them uses references. Also a TypeError.
 
         >>> x = jax.numpy.float32(3)
         >>> with tape() as t:
@@ -125,62 +121,60 @@ class Tape(Result):
         >>> t.grad(y, x)
         Array(6., dtype=float32)
         """
-        goal, aval = self.makers.get(id(loss)), jax.typeof(loss) if hasattr(loss, "dtype") else None
-        if aval is None:
-            raise NotScalarError(f"tape.grad needs a float scalar of shape (), and got {type(loss).__name__}.")
-        if aval.shape != () or not jax.dtypes.issubdtype(aval.dtype, jax.numpy.floating):
-            what = f"tape.grad needs a float scalar of shape (), and got {aval.str_short()}."
+        maker, aval = self.makers.get(id(loss)), jax.typeof(loss) if hasattr(loss, "dtype") else None
+        if aval is None or aval.shape != () or not jax.dtypes.issubdtype(aval.dtype, jax.numpy.floating):
+            kind = type(loss).__name__ if aval is None else aval.str_short()
+            what = f"tape.grad needs a float scalar of shape (), and got {kind}."
             raise NotScalarError(what, hint="reduce it while the tape is open, as in loss = jnp.mean(losses)")
-        if goal is None and not any(x is loss for x in tree_leaves(wrt)):
+        if maker is None and not any(x is loss for x in tree_leaves(wrt)):
             what = "tape.grad needs a scalar that was computed while the tape was open, and got another array."
             raise ArgumentError(what, hint="with fg.tape() as t: loss = f(x); then t.grad(loss, x)")
-        paths, tree = tree_flatten_with_path(wrt)
-        for path, leaf in paths:
-            if not isinstance(leaf, jax.Array) or not is_float(leaf):
-                kind = leaf.dtype if isinstance(leaf, jax.Array) else type(leaf).__name__
+        leaves, tree = tree_flatten_with_path(wrt)
+        for path, x in leaves:
+            if not isinstance(x, jax.Array) or not is_float(x):
+                kind = x.dtype if isinstance(x, jax.Array) else type(x).__name__
                 what = f"tape.grad differentiates with respect to wrt{keystr(path)}, which holds {kind}."
                 raise ArgumentError(what, hint="pass arrays of floats, the very ones that were computed with")
-        cotangents: dict[Any, Any] = {goal or id(loss): lax.full_like(loss, 1)}
-        keys = [self.makers.get(id(leaf)) or id(leaf) for _, leaf in paths]
-        for node, varied in reversed(self._between(keys, goal)):
-            given = [cotangents.get((node.index, k)) for k in range(len(node.outputs))]
-            if all(c is None for c in given):
+        keys = [self.makers.get(id(x)) or id(x) for _, x in leaves]
+        cotangents: dict[Any, Any] = {maker or id(loss): lax.full_like(loss, 1)}
+        # Invariant: the cotangents of a node's outputs are complete, since all nodes that use them come after it.
+        for node, active in reversed(self._active_nodes(keys, maker)):
+            output_cotangents = [cotangents.get((node.index, k)) for k in range(len(node.outputs))]
+            if all(c is None for c in output_cotangents):
                 continue
-            for k, cotangent in zip(varied, pulled_back(node.again, node.inputs, varied, given), strict=True):
+            input_cotangents = pull_back(node.again, node.inputs, active, output_cotangents)
+            for k, cotangent in zip(active, input_cotangents, strict=True):
                 key = node.parents[k] or id(node.inputs[k])
                 cotangents[key] = cotangent if key not in cotangents else lax.add(cotangents[key], cotangent)
-        found = (cotangents.get(key) for key in keys)
-        leaves = [lax.full_like(x, 0) if c is None else c for c, (_, x) in zip(found, paths, strict=True)]
-        return tree_unflatten(tree, leaves)
+        pairs = zip(keys, leaves, strict=True)
+        return tree_unflatten(tree, [cotangents[k] if k in cotangents else lax.full_like(x, 0) for k, (_, x) in pairs])
 
-    def _between(self, keys: Sequence[Any], goal: tuple[int, int] | None) -> list[tuple[Node, tuple[int, ...]]]:
-        """The nodes up to the goal that vary with these values, each with the inputs through which it does.
+    def _active_nodes(self, keys: Iterable[Any], maker: tuple[int, int] | None) -> list[tuple[Node, tuple[int, ...]]]:
+        """The nodes up to the maker of the loss that depend on these values, each with its active inputs.
 
-        Where a derivative is zero whatever the values are, as that of floor, nothing varies: zeros would meet infinities.
+        Operations whose derivative is always zero, as floor, are left out: zero times infinity would be NaN.
         """
-        reached, found = set(keys), []
-        for node in self.nodes[: goal[0] + 1 if goal else 0]:
-            varied = tuple(
-                k for k, (x, p) in enumerate(zip(node.inputs, node.parents, strict=True)) if (p or id(x)) in reached
-            )
-            if varied:
-                if not all(_jax.is_array(jax.typeof(x)) for x in (*node.inputs, *node.outputs)):
-                    what = (
-                        f"tape.grad goes through '{node.primitive}' of a reference, which other operations may change."
-                    )
-                    raise ArgumentError(what, at=node.line, hint="fg.grad of the function differentiates references")
-                varied, outputs = varying(node.again, node.inputs, varied)
-                found += [(node, varied)] if varied else []
-                reached |= {(node.index, k) for k in outputs}
-        return found
+        active_keys, active_nodes = set(keys), []
+        for node in self.nodes[: maker[0] + 1 if maker else 0]:
+            pairs = enumerate(zip(node.inputs, node.parents, strict=True))
+            active = tuple(k for k, (x, parent) in pairs if (parent or id(x)) in active_keys)
+            if not active:
+                continue
+            if not all(_jax.is_array(jax.typeof(x)) for x in (*node.inputs, *node.outputs)):
+                what = f"tape.grad goes through '{node.primitive}' of a reference, which other operations may change."
+                raise ArgumentError(what, at=node.line, hint="fg.grad of the function differentiates references")
+            active, outputs = activity(node.again, node.inputs, active)
+            active_nodes += [(node, active)] if active else []
+            active_keys |= {(node.index, k) for k in outputs}
+        return active_nodes
 
     def graph(self, inputs: Mapping[str, Any] | None = None, outputs: Any = None) -> Graph:
-        """This run as a Graph: the operations that ran, without the Python between them.
+        """This run as a Graph of the recorded operations.
 
         Args:
-          inputs: name -> pytree of arrays that the run was given; the others are constants. None: all of them, in the order of
-            their use, called x0, x1, ….
-          outputs: a pytree of values that were computed; None: a tuple of those that no other operation used.
+          inputs: name -> pytree of arrays that the run did not compute; the others of these are constants. None: all of them,
+            in the order of their use, named x0, x1, ….
+          outputs: a pytree of computed values; None: a tuple of those that no operation used.
         Returns:
           A Graph of keyword arguments, with the lines and scopes of the run.
 
@@ -192,46 +186,39 @@ class Tape(Result):
           a:f32[] = sin x
           return a
         """
-        used = {p for node in self.nodes for p in node.parents}
-        given = self.given()
         if inputs is not None and not isinstance(inputs, Mapping):
-            raise ArgumentError(
-                f"tape.graph needs inputs by name, and got {type(inputs).__name__}.", hint="inputs={'x': x}"
-            )
+            what = f"tape.graph needs inputs by name, and got {type(inputs).__name__}."
+            raise ArgumentError(what, hint="inputs={'x': x}")
         if inputs is None:
-            inputs = {f"x{k}": x for k, x in enumerate(given)}
+            inputs = {f"x{k}": x for k, x in enumerate(self.given())}
         if outputs is None:
-            every = ((n.index, k, x) for n in self.nodes for k, x in enumerate(n.outputs))
-            outputs = tuple(x for i, k, x in every if (i, k) not in used)
-        unknown = [
-            keystr(path)
-            for path, x in tree_flatten_with_path(inputs)[0]
-            if not any(x is y for y in [*given, *tree_leaves(outputs)])
-        ]
-        if unknown:
-            what = f"tape.graph found no use of {', '.join(f'inputs{path}' for path in unknown)} in this run."
-            raise ArgumentError(what, hint="pass the very arrays that were computed with, and no results")
+            used = {parent for node in self.nodes for parent in node.parents}
+            outputs = tuple(x for n in self.nodes for k, x in enumerate(n.outputs) if (n.index, k) not in used)
         leaves, tree = tree_flatten(outputs)
-        if not all(id(x) in self.makers or any(x is y for y in tree_leaves(inputs)) for x in leaves):
+        arrays = tree_leaves(inputs)
+        usable = {id(x) for x in [*self.given(), *leaves]}
+        if unused := [f"inputs{keystr(path)}" for path, x in tree_flatten_with_path(inputs)[0] if id(x) not in usable]:
+            what = f"tape.graph found no use of {', '.join(unused)} in this run."
+            raise ArgumentError(what, hint="pass the very arrays that were computed with, and no results")
+        if not {id(x) for x in leaves} <= self.makers.keys() | set(map(id, arrays)):
             what = "tape.graph needs outputs that were computed while the tape was open, and got another array."
             raise ArgumentError(what, hint="with fg.tape() as t: y = f(x); then t.graph({'x': x}, y)")
-        arrays = tree_leaves(inputs)
 
         def run(**named):
             env: dict[Any, Any] = dict(zip(map(id, arrays), tree_leaves(named), strict=True))
             for node in self.nodes:
-                read = [env.get(p or id(x), x) for x, p in zip(node.inputs, node.parents, strict=True)]
+                operands = [env.get(p or id(x), x) for x, p in zip(node.inputs, node.parents, strict=True)]
                 with _jax.sourced(node.sources[0]):
-                    made = node.again(*read)
-                env.update(((node.index, k), x) for k, x in enumerate(made))
+                    results = node.again(*operands)
+                env.update(((node.index, k), x) for k, x in enumerate(results))
             return tree_unflatten(tree, [env.get(self.makers.get(id(x), id(x)), x) for x in leaves])
 
         return trace(run, **inputs)
 
     def given(self) -> list[jax.Array]:
-        """The arrays that no node made, in the order of their use."""
-        every = (x for n in self.nodes for x, p in zip(n.inputs, n.parents, strict=True) if p is None)
-        return list({id(x): x for x in every if isinstance(x, jax.Array)}.values())
+        """The input arrays of the run: those that no node computed, in the order of their use."""
+        inputs = (x for n in self.nodes for x, p in zip(n.inputs, n.parents, strict=True) if p is None)
+        return list({id(x): x for x in inputs if isinstance(x, jax.Array)}.values())
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -249,11 +236,11 @@ class Tape(Result):
 def tape() -> Iterator[Tape]:
     """Record each operation that runs in this thread, with its values.
 
-    What is jitted runs operation by operation, so inside of jax.numpy, flax, equinox and optax too; control flow of `jax.lax`
-    is one operation, and so is a function with its own derivative.
+    Jitted functions run operation by operation, also inside jax.numpy, flax, equinox and optax. Control flow of `jax.lax` is
+    one operation, and so is a function with its own derivative.
 
     Returns:
-      A context; entering it gives the `Tape`, which may be used while it is open and afterwards.
+      A context manager that gives the `Tape`, which is usable while it is open and afterwards.
 
     >>> with tape() as t:
     ...     y = lax.sqrt(lax.exp(2.0))

@@ -7,7 +7,7 @@
 >>> params["dense_0"]["w"].shape, mlp(params, x).shape
 ((28, 64), (8, 10))
 
-Layers with state (batch_norm) or a key (dropout) take them and return the state anew:
+Layers with state (batch_norm) or a key (dropout) take these, and return the new state:
 
 >>> model = serial(dense(64), batch_norm(), jnp.tanh, dropout(0.1), dense(10))
 >>> params, state = model.init(key, x)
@@ -23,25 +23,6 @@ from .normalization import batch_norm, group_norm, layer_norm, rms_norm
 from .recurrence import gru, lstm, rnn
 from .regularization import dropout
 
-__all__ = [
-    "Layer",
-    "attention",
-    "avg_pool",
-    "batch_norm",
-    "conv",
-    "dense",
-    "dropout",
-    "embedding",
-    "flatten",
-    "group_norm",
-    "gru",
-    "layer_norm",
-    "lstm",
-    "max_pool",
-    "repeat",
-    "residual",
-    "rms_norm",
-    "rnn",
-    "serial",
-    "stateless",
-]
+__all__ = ["Layer", "repeat", "residual", "serial", "stateless"]
+__all__ += ["attention", "avg_pool", "conv", "dense", "dropout", "embedding", "flatten", "max_pool"]
+__all__ += ["batch_norm", "group_norm", "gru", "layer_norm", "lstm", "rms_norm", "rnn"]

@@ -1,9 +1,9 @@
-"""Layers, and the ways to put them together.
+"""Layers and their composition.
 
 A layer is a name and two pure functions, `init(key, x) -> (params, state)` and
-`apply(params, state, x, *, key, train) -> (y, state)`. It runs under the named scope of its name, and inside another
-layer the name is also its key in params and state: what uses `params["dense_0"]["w"]` lies in the scope `dense_0`. A
-layer without params, or without state, has no entry there.
+`apply(params, state, x, *, key, train) -> (y, state)`. It runs under a named scope of its name. Inside another layer, the
+name is also its key in params and state: the equations that use `params["dense_0"]["w"]` are in the scope `dense_0`.
+Layers without params, or without state, have no entry there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Layer:
     Attributes:
       init: `init(key, x) -> (params, state)`, two trees; x is an array, or a jax.ShapeDtypeStruct.
       apply: `apply(params, state, x, *, key=None, train) -> (y, state)`; train is a Python bool.
-      name: the named scope that both run under, the note on an error raised in them, and the key in params and state.
+      name: the named scope of both, the note on errors raised in them, and the key in params and state.
 
     >>> double = Layer(lambda key, x: ({}, {}), lambda params, state, x, *, key=None, train: (2 * x, {}), "double")
     >>> double({}, 3.0)
@@ -45,7 +45,7 @@ class Layer:
         object.__setattr__(self, "apply", _scoped(self.apply, self.name, "apply"))
 
     def __call__(self, params, x):
-        """The output y of a layer that has no state and needs no key, where training and evaluation are one.
+        """The output y of a layer that has no state, needs no key, and is the same in training and evaluation.
 
         Raises:
           ArgumentError: the layer, or one inside it, has state, or needs a key in training.
@@ -63,15 +63,15 @@ class Layer:
 
 
 def _scoped(run: Callable, name: str, role: str) -> Callable:
-    """`run` under a named scope, which an error raised in it is noted with."""
+    """`run` under a named scope. Errors raised in it get a note with the name."""
     if _is_ours(run) and "<locals>" in run.__qualname__:
-        run.__qualname__ = f"{name}.{role}"  # Python says it where an argument is missing
+        run.__qualname__ = f"{name}.{role}"  # for Python's error about a missing argument
 
     @wraps(run)
     def scoped(*args, **kwargs):
         try:
             if role == "init":
-                _check_no_shape(args[1] if len(args) > 1 else kwargs.get("x"))
+                _check_not_shape(args[1] if len(args) > 1 else kwargs.get("x"))
             with jax.named_scope(name):
                 return run(*args, **kwargs)
         except Exception as error:
@@ -85,12 +85,10 @@ def _is_ours(f) -> bool:
     return str(getattr(f, "__module__", "")).startswith(f"{__package__}.")
 
 
-def _check_no_shape(x) -> None:
+def _check_not_shape(x) -> None:
     if isinstance(x, tuple) and all(isinstance(size, int) for size in x):
-        raise ArgumentError(
-            f"init needs an array, or its shape and dtype, and got the tuple {x}.",
-            hint=f"jax.ShapeDtypeStruct({x}, jnp.float32)",
-        )
+        what = f"init needs an array, or its shape and dtype, and got the tuple {x}."
+        raise ArgumentError(what, hint=f"jax.ShapeDtypeStruct({x}, jnp.float32)")
 
 
 def stateless(init: Callable, call: Callable, name: str) -> Layer:
@@ -109,10 +107,10 @@ def stateless(init: Callable, call: Callable, name: str) -> Layer:
 
 
 def serial(*layers: Layer | Callable) -> Layer:
-    """One layer after another. A plain function of x is a layer too.
+    """The composition of layers, the first one applied first. A plain function of x is a layer too.
 
-    A name that comes once is kept; of a name that comes often, each is counted: `dense_0`, `dense_1`.
-    Its `apply` raises an ArgumentError where params hold a name that is no layer's.
+    Layers that share a name are numbered: `dense_0`, `dense_1`. `apply` raises an ArgumentError if params hold a name that
+    no layer has.
 
     >>> shift = stateless(lambda key, x: {"b": jnp.ones(())}, lambda params, x: x + params["b"], "shift")
     >>> model = serial(shift, jnp.tanh)
@@ -120,55 +118,54 @@ def serial(*layers: Layer | Callable) -> Layer:
     >>> params, state
     ({'shift': {'b': Array(1., dtype=float32)}}, {})
     """
-    return Layer(*_chain(_counted(layers)), "serial")
+    return Layer(*_chain(_numbered(layers)), "serial")
 
 
 def residual(*layers: Layer | Callable) -> Layer:
-    """x + y, where y is what the layers, one after another, make of x.
+    """x + y, where y is the composition of the layers, applied to x.
 
     Raises:
-      ArgumentError: from `apply`, where y has not the shape and the dtype of x.
+      ArgumentError: from `apply`, if y does not have the shape and the dtype of x.
 
     Source: He et al. 2016, arXiv:1512.03385.
 
     >>> residual(jnp.tanh)({}, jnp.zeros(2))
     Array([0., 0.], dtype=float32)
     """
-    init, run = _chain(_counted(layers))
+    init, apply_chain = _chain(_numbered(layers))
 
     def apply(params, state, x, *, key=None, train):
-        y, state = run(params, state, x, key=key, train=train)
-        _check_kept("residual", x, y)
+        y, state = apply_chain(params, state, x, key=key, train=train)
+        _check_same_type("residual", x, y)
         return x + y, state
 
     return Layer(init, apply, "residual")
 
 
 def repeat(layer: Layer, count: int) -> Layer:
-    """`count` layers of one kind, one after another, as one scan over their stacked params and states.
+    """The composition of `count` layers of one kind, as one scan over their stacked params and states.
 
-    Each leaf of `params[layer.name]` has a leading axis of size count. The layer is traced and compiled once, whatever
-    the count is.
+    Each leaf of `params[layer.name]` has a leading axis of size count. The layer is traced and compiled once for any count.
 
     Raises:
-      ArgumentError: from `apply`, where the layer does not keep the shape and the dtype of x.
+      ArgumentError: from `apply`, if the layer does not keep the shape and the dtype of x.
 
     >>> deep = repeat(stateless(lambda key, x: {"b": jnp.ones(())}, lambda params, x: x + params["b"], "shift"), 5)
     >>> params, state = deep.init(jax.random.key(0), jnp.zeros(2))
     >>> params["shift"]["b"].shape, deep(params, jnp.zeros(2))
     ((5,), Array([5., 5.], dtype=float32))
     """
-    layer = _layer(layer)
-    init_one, run = _chain({layer.name: layer})
+    layer = _as_layer(layer)
+    init_one, apply_one = _chain({layer.name: layer})
 
     def init(key, x):
         return jax.vmap(lambda key: init_one(key, x))(jax.random.split(key, count))
 
     def apply(params, state, x, *, key=None, train):
-        def step(x, each):
-            params, state, key = each
-            y, state = run(params, state, x, key=key, train=train)
-            _check_kept("repeat", x, y)
+        def step(x, slices):
+            params, state, key = slices
+            y, state = apply_one(params, state, x, key=key, train=train)
+            _check_same_type("repeat", x, y)
             return y, state
 
         keys = None if key is None else jax.random.split(key, count)
@@ -178,7 +175,7 @@ def repeat(layer: Layer, count: int) -> Layer:
 
 
 def _chain(layers: dict[str, Layer]) -> tuple[Callable, Callable]:
-    """`init` and `apply` of the layers, one after another, each under its key."""
+    """`init` and `apply` of the composition of layers, each under its key."""
     layers = {name: layer.named(name) for name, layer in layers.items()}
 
     def init(key, x):
@@ -192,99 +189,92 @@ def _chain(layers: dict[str, Layer]) -> tuple[Callable, Callable]:
         return params, state
 
     def apply(params, state, x, *, key=None, train):
-        if strangers := params.keys() - layers.keys():
-            raise ArgumentError(
-                f"params hold {sorted(strangers)}, and the layers are {list(layers)}.",
-                hint="pass the params that this layer's own init returned",
-            )
+        if unknown := params.keys() - layers.keys():
+            what = f"params hold {sorted(unknown)}, and the layers are {list(layers)}."
+            raise ArgumentError(what, hint="pass the params that this layer's own init returned")
         keys = [None] * len(layers) if key is None else jax.random.split(key, len(layers))
-        after = {}
+        new_state = {}
         for (name, layer), key in zip(layers.items(), keys, strict=True):
             try:
                 x, s = layer.apply(params.get(name, {}), state.get(name, {}), x, key=key, train=train)
             except KeyError:
-                if name in params or not _has_params(layer, x):
+                has_params = lambda: jax.tree.leaves(jax.eval_shape(layer.init, jax.random.key(0), x)[0])
+                if name in params or not has_params():
                     raise
                 what, hint = f"params hold nothing for the layer {name!r}.", "pass the params that init returned"
                 raise ArgumentError(what, hint=hint) from None
-            after |= _entry(name, s)
-        return x, after
+            new_state |= _entry(name, s)
+        return x, new_state
 
     return init, apply
-
-
-def _has_params(layer, x) -> bool:
-    params, _ = jax.eval_shape(layer.init, jax.random.key(0), x)
-    return bool(jax.tree.leaves(params))
 
 
 def _entry(name, tree):
     return {name: tree} if jax.tree.leaves(tree) else {}
 
 
-def _counted(layers) -> dict[str, Layer]:
-    layers = [_layer(layer) for layer in layers]
-    total, seen = Counter(layer.name for layer in layers), Counter[str]()
-    named = {}
+def _numbered(layers) -> dict[str, Layer]:
+    """The layers by their names; names that several layers share get a number."""
+    layers = list(map(_as_layer, layers))
+    total, numbers = Counter(layer.name for layer in layers), Counter[str]()
+    by_name = {}
     for layer in layers:
-        name = layer.name if total[layer.name] == 1 else f"{layer.name}_{seen[layer.name]}"
-        if name in named:
+        name = layer.name if total[layer.name] == 1 else f"{layer.name}_{numbers[layer.name]}"
+        if name in by_name:
             raise ArgumentError(f"two layers are named {name!r}.", hint="layer.named(...), with a name of its own")
-        seen[layer.name] += 1
-        named[name] = layer
-    return named
+        numbers[layer.name] += 1
+        by_name[name] = layer
+    return by_name
 
 
-def _layer(f) -> Layer:
+def _as_layer(f) -> Layer:
     if isinstance(f, Layer):
         return f
     if not callable(f):
         raise ArgumentError(f"{f!r} is neither a layer nor a function of x.", hint="nn.dense(64), or jnp.tanh")
     name = getattr(f, "__name__", type(f).__name__).strip("<>")
     if _is_ours(f) and getattr(f, "__annotations__", {}).get("return") == "Layer":
-        needed = [p.name for p in inspect.signature(f).parameters.values() if p.default is p.empty]
-        raise OptionError(f"nn.{name} was not called.", hint=f"nn.{name}({', '.join(needed)})")
+        required = [p.name for p in inspect.signature(f).parameters.values() if p.default is p.empty]
+        raise OptionError(f"nn.{name} was not called.", hint=f"nn.{name}({', '.join(required)})")
     return stateless(lambda key, x: {}, lambda params, x: f(x), name)
 
 
-def _check_kept(name, x, y):
+def _check_same_type(name, x, y):
     if (x.shape, x.dtype) != (y.shape, y.dtype):
-        raise ArgumentError(
-            f"{name} needs layers that keep the shape and the dtype of x.",
-            inputs=f"x {shown(x)}, y {shown(y)}",
-            hint="end with a layer of as many features as x has, and use params of its dtype",
-        )
+        what = f"{name} needs layers that keep the shape and the dtype of x."
+        hint = "end with a layer of as many features as x has, and use params of its dtype"
+        raise ArgumentError(what, inputs=f"x {type_text(x)}, y {type_text(y)}", hint=hint)
 
 
-def check(name: str, x, axes: str, features: int | None = None) -> None:
+def check_axes(name: str, x, axes: str, features: int | None = None) -> None:
     """Raises an ArgumentError unless x has the named axes, as in "time, features", and `features` in the last."""
-    least = axes.count(",") + 1
-    if x.ndim < least:
+    if x.ndim < axes.count(",") + 1:
         move = f"move {name} before flatten, or " if "width" in axes else ""
-        raise ArgumentError(
-            f"{name} needs x of shape [..., {axes}].",
-            inputs=f"x {shown(x)}",
-            hint=f"{move}add an axis of size 1, as in x[None] or x[..., None]",
-        )
+        what, hint = f"{name} needs x of shape [..., {axes}].", "add an axis of size 1, as in x[None] or x[..., None]"
+        raise ArgumentError(what, inputs=f"x {type_text(x)}", hint=f"{move}{hint}")
     if features is not None and x.shape[-1] != features:
-        raise ArgumentError(
-            f"{name} has params for {features} features, and x has {x.shape[-1]}.",
-            inputs=f"x {shown(x)}",
-            hint="init again with this x, or change the layer before",
-        )
+        what = f"{name} has params for {features} features, and x has {x.shape[-1]}."
+        raise ArgumentError(what, inputs=f"x {type_text(x)}", hint="init again with this x, or change the layer before")
 
 
-def shown(x) -> str:
+def check_divides(name: str, count: int, parts: str, x, axis: str) -> None:
+    """Raises an ArgumentError unless the number of `parts`, as heads or groups, divides the last axis of x."""
+    if x.shape[-1] % count:
+        what = f"{name} has {count} {parts}, and x has {x.shape[-1]} {axis}."
+        raise ArgumentError(what, inputs=f"x {type_text(x)}", hint=f"{parts} that divide the {axis}")
+
+
+def type_text(x) -> str:
     """`float32[8,3]`."""
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
 def float_dtype(x) -> jnp.dtype:
-    """The dtype of params for x: its own, or float32 where x holds integers or bools."""
+    """The dtype of params for x: that of x, or float32 if x holds integers or bools."""
     dtype = jnp.result_type(x)
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.dtype("float32")
 
 
 def wide_dtype(dtype) -> jnp.dtype:
-    """What a float dtype accumulates in: float64 for itself, float32 for itself and those below."""
+    """The dtype in which sums of a float dtype accumulate: float64 for float64, else float32."""
     return jnp.dtype("float64" if dtype == jnp.float64 else "float32")

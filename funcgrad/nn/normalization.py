@@ -1,6 +1,6 @@
-"""Normalisation: y = scale · (x − μ) / √(σ² + ε) + bias, where each layer takes μ and σ² over other axes.
+"""Normalisation: y = scale · (x − μ) / √(σ² + ε) + bias. The layers differ in the axes of the mean μ and the variance σ².
 
-Mean and variance are taken in float32 (float64 for float64), and the output has the dtype of x.
+Mean and variance are computed in float32 (float64 for float64); the output has the dtype of x.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from ..transforms.core.errors import ArgumentError
-from .layer import Layer, check, float_dtype, shown, stateless, wide_dtype
+from .layer import Layer, check_axes, check_divides, float_dtype, stateless, wide_dtype
 
 
 def batch_norm(*, momentum: float = 0.99, epsilon: float = 1e-5) -> Layer:
     """μ and σ² per channel, over all other axes: float[..., c] to float[..., c].
 
-    In training they are the batch's own, and the state, `mean` and `var` of float32[c], moves towards them:
-    momentum · old + (1 − momentum) · new. In evaluation they are the state's. σ² is the biased variance in both.
+    In training, μ and σ² are those of the batch, and the state, `mean` and `var` of float32[c], is their moving average:
+    momentum · old + (1 − momentum) · new. In evaluation, μ and σ² are the state. σ² is the biased variance in both.
 
     Args:
-      momentum: what the state keeps of itself in each step.
+      momentum: weight of the old state in each step.
       epsilon: ε.
     Raises:
-      ArgumentError: called without its state, or x has other channels than the params.
+      ArgumentError: called without its state, or x and the params differ in the number of channels.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
 
@@ -36,23 +36,20 @@ def batch_norm(*, momentum: float = 0.99, epsilon: float = 1e-5) -> Layer:
     """
 
     def init(key, x):
-        check("batch_norm", x, "channels")
+        check_axes("batch_norm", x, "channels")
         size, dtype = x.shape[-1:], wide_dtype(float_dtype(x))
         return _affine(x), {"mean": jnp.zeros(size, dtype), "var": jnp.ones(size, dtype)}
 
     def apply(params, state, x, *, key=None, train):
         if not state:
-            raise ArgumentError(
-                "batch_norm needs its state: pass state to apply.",
-                hint="y, state = layer.apply(params, state, x, train=True), state from init; layer(params, x) has none",
-            )
-        check("batch_norm", x, "channels", len(params["scale"]))
+            hint = "y, state = layer.apply(params, state, x, train=True), state from init; layer(params, x) has none"
+            raise ArgumentError("batch_norm needs its state: pass state to apply.", hint=hint)
+        check_axes("batch_norm", x, "channels", len(params["scale"]))
         mean, var = state["mean"], state["var"]
         if train:
-            mean, var = _moments(x, tuple(range(x.ndim - 1)))
-            mean, var = mean.reshape(-1), var.reshape(-1)
-            new = {"mean": mean, "var": var}
-            state = {name: momentum * state[name] + (1 - momentum) * new[name] for name in new}
+            mean, var = (moment.reshape(-1) for moment in _moments(x, tuple(range(x.ndim - 1))))
+            moments = {"mean": mean, "var": var}
+            state = {name: momentum * state[name] + (1 - momentum) * moments[name] for name in moments}
         return _normalize(params, x, mean, var, epsilon), state
 
     return Layer(init, apply, "batch_norm")
@@ -70,7 +67,7 @@ def layer_norm(*, epsilon: float = 1e-5) -> Layer:
     """
 
     def call(params, x):
-        check("layer_norm", x, "features", len(params["scale"]))
+        check_axes("layer_norm", x, "features", len(params["scale"]))
         return _normalize(params, x, *_moments(x, -1), epsilon)
 
     return stateless(lambda key, x: _affine(x), call, "layer_norm")
@@ -91,18 +88,11 @@ def group_norm(groups: int, *, epsilon: float = 1e-5) -> Layer:
     """
 
     def call(params, x):
-        check("group_norm", x, "batch, channels", len(params["scale"]))
-        if x.shape[-1] % groups:
-            raise ArgumentError(
-                f"group_norm has {groups} groups, and x has {x.shape[-1]} channels.",
-                inputs=f"x {shown(x)}",
-                hint="groups that divide the channels",
-            )
-        cut = x.reshape(len(x), math.prod(x.shape[1:-1]), groups, x.shape[-1] // groups)
-        mean, var = (
-            jnp.repeat(m.reshape(len(x), *[1] * (x.ndim - 2), groups), x.shape[-1] // groups, axis=-1)
-            for m in _moments(cut, (1, 3))
-        )
+        check_axes("group_norm", x, "batch, channels", len(params["scale"]))
+        check_divides("group_norm", groups, "groups", x, "channels")
+        size, shape = x.shape[-1] // groups, (len(x), *[1] * (x.ndim - 2), groups)
+        moments = _moments(x.reshape(len(x), math.prod(x.shape[1:-1]), groups, size), (1, 3))
+        mean, var = (jnp.repeat(moment.reshape(shape), size, axis=-1) for moment in moments)
         return _normalize(params, x, mean, var, epsilon)
 
     return stateless(lambda key, x: _affine(x), call, "group_norm")
@@ -119,16 +109,13 @@ def rms_norm(*, epsilon: float = 1e-5) -> Layer:
     Array([[ 1., -1.]], dtype=float32)
     """
 
-    def init(key, x):
-        return {"scale": _affine(x)["scale"]}
-
     def call(params, x):
-        check("rms_norm", x, "features", len(params["scale"]))
+        check_axes("rms_norm", x, "features", len(params["scale"]))
         wide = x.astype(wide_dtype(x.dtype))
         y = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + epsilon)
         return (y * params["scale"].astype(y.dtype)).astype(x.dtype)
 
-    return stateless(init, call, "rms_norm")
+    return stateless(lambda key, x: {"scale": _affine(x)["scale"]}, call, "rms_norm")
 
 
 def _affine(x):

@@ -1,7 +1,7 @@
 """Recurrent layers: a scan over time that starts from zeros and returns h of every step.
 
-The symbols of the papers: x input, h output, c cell, σ the logistic function. The gates lie side by side in `w_x`,
-`w_h` and `b`, so that a step is two matrix products. That with x stays in the loop: taken out, training is slower.
+Symbols of the papers: x input, h output, c cell, σ the logistic function. `w_x`, `w_h` and `b` concatenate the gates, so
+a step is two matrix products. The product with x stays inside the loop: training is slower if it is hoisted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jax import lax
 from jax.nn import sigmoid
 from jax.nn.initializers import Initializer, lecun_normal, orthogonal
 
-from .layer import Layer, check, float_dtype, stateless, wide_dtype
+from .layer import Layer, check_axes, float_dtype, stateless, wide_dtype
 
 
 def rnn(features: int, *, w_x: Initializer = lecun_normal(), w_h: Initializer = orthogonal()) -> Layer:
@@ -25,7 +25,7 @@ def rnn(features: int, *, w_x: Initializer = lecun_normal(), w_h: Initializer = 
       w_x: initialiser of `w_x`, float[m, features].
       w_h: initialiser of `w_h`, float[features, features].
     Raises:
-      ArgumentError: x has fewer than 2 axes, or m is not that of `w_x`.
+      ArgumentError: x has fewer than 2 axes, or m differs from that of `w_x`.
 
     Source: Elman 1990, doi:10.1207/s15516709cog1402_1.
 
@@ -51,7 +51,7 @@ def lstm(features: int, *, w_x: Initializer = lecun_normal(), w_h: Initializer =
       w_x: initialiser of each gate's part of `w_x`, float[m, 4 · features].
       w_h: initialiser of each gate's part of `w_h`, float[features, 4 · features].
     Raises:
-      ArgumentError: x has fewer than 2 axes, or m is not that of `w_x`.
+      ArgumentError: x has fewer than 2 axes, or m differs from that of `w_x`.
 
     Source: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735; the gate f: Gers et al. 2000,
       doi:10.1162/089976600300015015.
@@ -74,14 +74,14 @@ def gru(features: int, *, w_x: Initializer = lecun_normal(), w_h: Initializer = 
     """Gated recurrent unit: float[..., time, m] to float[..., time, features].
 
     r, z, n = x w_x + b;  r', z', n' = h w_h;  h = (1 − σ(z + z')) tanh(n + σ(r + r') (n' + b_n)) + σ(z + z') h.
-    The reset gate r multiplies after the matrix product, as in cuDNN; the paper has it before.
+    The reset gate r multiplies after the matrix product, as in cuDNN; in the paper, before it.
 
     Args:
       features: size of h.
       w_x: initialiser of each gate's part of `w_x`, float[m, 3 · features].
       w_h: initialiser of each gate's part of `w_h`, float[features, 3 · features].
     Raises:
-      ArgumentError: x has fewer than 2 axes, or m is not that of `w_x`.
+      ArgumentError: x has fewer than 2 axes, or m differs from that of `w_x`.
 
     Source: Cho et al. 2014, arXiv:1406.1078.
 
@@ -101,33 +101,22 @@ def gru(features: int, *, w_x: Initializer = lecun_normal(), w_h: Initializer = 
     return _recurrent("gru", features, w_x, w_h, {"b": (0, 0, 0), "b_n": (0,)}, cell)
 
 
-def _recurrent(
-    name: str,
-    features: int,
-    w_x: Initializer,
-    w_h: Initializer,
-    biases: dict[str, tuple],
-    cell: Callable,
-    carries: int = 1,
-) -> Layer:
-    """The layer that scans `cell(params, x, *carry) -> carry`, h first; `biases` hold where each gate's bias starts."""
-    gates = len(biases["b"])
+def _recurrent(name: str, features: int, w_x, w_h, biases: dict[str, tuple], cell: Callable, carries: int = 1) -> Layer:
+    """The layer that scans `cell(params, x, *carry) -> carry`, h first. `biases` are the initial values, one per gate."""
 
-    def side_by_side(w, key, rows, dtype):
-        parts = [w(k, (rows, features), wide_dtype(dtype)) for k in jax.random.split(key, gates)]
-        return jnp.concatenate(parts, axis=-1).astype(dtype)  # JAX's orthogonal knows no bfloat16
+    def gates(w, key, rows, dtype):
+        keys = jax.random.split(key, len(biases["b"]))
+        parts = [w(k, (rows, features), wide_dtype(dtype)) for k in keys]  # JAX's orthogonal does not support bfloat16
+        return jnp.concatenate(parts, axis=-1).astype(dtype)
 
     def init(key, x):
-        check(name, x, "time, features")
+        check_axes(name, x, "time, features")
         dtype, keys = float_dtype(x), jax.random.split(key)
-        return {
-            "w_x": side_by_side(w_x, keys[0], x.shape[-1], dtype),
-            "w_h": side_by_side(w_h, keys[1], features, dtype),
-            **{b: jnp.repeat(jnp.array(starts, dtype), features) for b, starts in biases.items()},
-        }
+        params = {"w_x": gates(w_x, keys[0], x.shape[-1], dtype), "w_h": gates(w_h, keys[1], features, dtype)}
+        return params | {b: jnp.repeat(jnp.array(values, dtype), features) for b, values in biases.items()}
 
     def call(params, x):
-        check(name, x, "time, features", len(params["w_x"]))
+        check_axes(name, x, "time, features", len(params["w_x"]))
 
         def step(carry, x):
             carry = cell(params, x, *carry)

@@ -10,11 +10,11 @@ from .layer import Layer
 
 
 def dropout(rate: float) -> Layer:
-    """In training, each element is 0 with probability `rate`, else x / (1 − rate); in evaluation, x as it is.
+    """In training, each element is 0 with probability `rate`, else x / (1 − rate). In evaluation, the identity.
 
     Raises:
       OptionError: `rate` is not in [0, 1).
-      ArgumentError: from `apply` with train=True and no key, and so from `layer(params, x)`.
+      ArgumentError: from `apply` with train=True and no key, and from `layer(params, x)`.
 
     Source: Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html.
 
@@ -29,10 +29,8 @@ def dropout(rate: float) -> Layer:
         if not train:
             return x, {}
         if key is None:
-            raise ArgumentError(
-                "dropout needs a key in training: pass key= to apply.",
-                hint="layer.apply(params, state, x, key=key, train=True), or train=False; layer(params, x) has no key",
-            )
+            hint = "layer.apply(params, state, x, key=key, train=True), or train=False; layer(params, x) has no key"
+            raise ArgumentError("dropout needs a key in training: pass key= to apply.", hint=hint)
         return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0), {}
 
     return Layer(lambda key, x: ({}, {}), apply, "dropout")

@@ -1,7 +1,8 @@
-"""Training: `train` runs any pure `(state, batch) -> (state, metrics)`; `step` makes one of a loss and an optimizer."""
+"""The compiled training loop.
 
-from .log import Log
-from .loop import train
-from .update import TrainState, Update, step
-
-__all__ = ["Log", "TrainState", "Update", "step", "train"]
+loop     train: runs any pure `(state, batch) -> (state, metrics)`
+update   step: such a function, made of a loss and an optimizer
+program  the compiled program of a step
+log      the Log that train returns
+bar      the progress bar
+"""

@@ -1,4 +1,4 @@
-"""The log: what a training run did, step by step and in sum."""
+"""The log of a training run: metrics of each step, and times."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..transforms.core.report import Report, Result, Table
 
 @dataclass(frozen=True, eq=False)
 class Log(Result):
-    """What `train` did.
+    """The result of a training run.
 
     Attributes:
-      steps: how many steps were done.
-      chunk: steps per dispatch, given or chosen.
+      steps: number of steps done.
+      chunk: steps per dispatch, as passed or chosen.
       metrics: name -> numpy array [steps, ...], one row for each step.
       elapsed_s: wall time, compilation included.
-      compile_s: of it, tracing and compiling.
-      waited: the fraction, 0 to 1, of the other time in which the next batch was waited for or moved to the device.
-      step_s: chunk -> seconds per step, as measured to choose the chunk; empty where it was given.
-      ended: why it ended.
+      compile_s: the part of it for tracing and compilation.
+      waited: the fraction, 0 to 1, of the remaining time in which the loop waited for the next batch or copied it.
+      step_s: chunk -> seconds per step, as measured to choose the chunk; empty if the chunk was passed.
+      ended: why the training ended.
     """
 
     steps: int

@@ -15,18 +15,19 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from ..transforms.autodiff.grad import value_and_grad
 from ..transforms.core.errors import ArgumentError, NotScalarError, OptionError, location
+from ..transforms.core.signatures import name_of
 from ..transforms.cost.formatting import parse_bytes
 
 
 class TrainState(NamedTuple):
-    """What training changes; a pytree of arrays.
+    """The state of a training; a pytree of arrays.
 
     Attributes:
       step: int32[], the number of steps done.
-      params: what the loss is differentiated by.
-      opt_state: the optimizer's.
-      model_state: what the model changes without a gradient, as the averages of batch norm; None if there is none.
-      key: the PRNG key that each step folds its number into; never changes. None if the loss takes none.
+      params: the loss is differentiated with respect to these.
+      opt_state: the state of the optimizer.
+      model_state: state of the model without a gradient, such as the averages of batch norm; None if there is none.
+      key: PRNG key, constant; each step folds its number into it. None if the loss takes no key.
     """
 
     step: jax.Array
@@ -39,26 +40,26 @@ class TrainState(NamedTuple):
 def step(loss: Callable[..., Any], optimizer: Any, *, has_aux: bool = False, memory: int | str | None = None) -> Update:
     """A training step: the gradient of `loss`, given to `optimizer`.
 
-    What `init` is given decides what `loss` is given, by keyword, and what it returns besides its scalar:
+    The arguments of `init` decide which keywords `loss` takes, and what it returns besides its scalar:
 
         update.init(params)                     loss(params, batch) -> scalar
         update.init(params, key=key)            loss(params, batch, key=key) -> scalar; another key at each step
         update.init(params, model_state=s)      loss(params, batch, model_state=s) -> scalar, s
 
-    With `has_aux`, `loss` returns metrics of its own in the last place: `scalar, metrics`, or `scalar, (s, metrics)`.
+    With `has_aux`, `loss` also returns its own metrics, last: `scalar, metrics`, or `scalar, (s, metrics)`.
 
     Args:
       loss: the function to minimise; its scalar is a float of shape ().
-      optimizer: an optax.GradientTransformation, or anything with its `init` and `update`.
+      optimizer: an optax.GradientTransformation, or any object with its `init` and `update`.
       has_aux: whether `loss` also returns a dict of metrics, name -> array.
-      memory: a budget for the gradient, as in `fg.value_and_grad`.
+      memory: a memory budget for the gradient, as in `fg.value_and_grad`.
     Returns:
-      An Update: call `update.init(params)` for the first state, `update(state, batch)` for the next one and
+      An Update: `update.init(params)` gives the first state, `update(state, batch)` the next state and
       {"loss": scalar, **metrics}.
     Raises:
       OptionError: `optimizer` has no `init` and `update`, or `memory` is no number of bytes. Also a ValueError.
-      ArgumentError: from `init`, params hold other than floats. At the first step, `loss` does not take or return what
-        the above says, or the state is not a TrainState.
+      ArgumentError: from `init`, params hold non-floats. At the first step, `loss` does not have the signature or the
+        outputs above, or the state is not a TrainState.
       NotScalarError: at the first step, the loss is not a float scalar.
 
     >>> import optax
@@ -72,19 +73,20 @@ def step(loss: Callable[..., Any], optimizer: Any, *, has_aux: bool = False, mem
         hint = "make one, as in optax.adam(1e-3)"
         raise OptionError(f"step needs an optimizer with init and update, not {name}.", hint=hint)
     if memory is not None:
-        parse_bytes(memory)  # says what is wrong with it
+        parse_bytes(memory)  # raises an OptionError if it is invalid
     return Update(loss, optimizer, has_aux, memory)
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What `step` returns; calls are pure, and work under every JAX transform."""
+    """The result of `step`. Calls are pure, and work under every JAX transform."""
 
     loss: Callable[..., Any]
     optimizer: Any
     has_aux: bool = False
     memory: int | str | None = None
-    slopes: dict[bool, Callable] = field(default_factory=dict, repr=False)  # kept, with what is planned for a budget
+    # By whether there is a model state; kept, since they hold the plans of a budget.
+    gradients: dict[bool, Callable] = field(default_factory=dict, repr=False)
 
     def init(self, params: Any, *, key: Any = None, model_state: Any = None) -> TrainState:
         """The state before the first step."""
@@ -102,67 +104,62 @@ class Update:
         if not isinstance(state, TrainState):
             what = f"an update needs the TrainState that its init returned, and got {type(state).__name__}."
             raise ArgumentError(what, hint="pass update.init(params)")
-        given: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if state.key is not None:
-            given["key"] = jax.random.fold_in(state.key, state.step)
+            options["key"] = jax.random.fold_in(state.key, state.step)
         if state.model_state is not None:
-            given["model_state"] = state.model_state
-        self._check_taken(given)
-        stateful = "model_state" in given
-        if stateful not in self.slopes:
-            self.slopes[stateful] = value_and_grad(self._loss(stateful), has_aux=True, memory=self.memory)
-        (value, (model_state, metrics)), grads = self.slopes[stateful](state.params, batch, **given)
+            options["model_state"] = state.model_state
+        self._check_keywords(options)
+        has_state = "model_state" in options
+        if has_state not in self.gradients:
+            self.gradients[has_state] = value_and_grad(self._loss(has_state), has_aux=True, memory=self.memory)
+        (value, (model_state, metrics)), grads = self.gradients[has_state](state.params, batch, **options)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, model_state, state.key), {**metrics, "loss": value}
 
-    def _check_taken(self, given: dict[str, Any]) -> None:
-        """Raises an ArgumentError where `loss` takes not all that it is given by keyword."""
+    def _check_keywords(self, options: dict[str, Any]) -> None:
+        """Raises an ArgumentError if `loss` does not take all of `options` by keyword."""
         try:
-            known = inspect.signature(self.loss).parameters
+            parameters = inspect.signature(self.loss).parameters
         except (TypeError, ValueError):
             return
-        missing = [name for name in given if name not in known]
-        if missing and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            name, missed = _name(self.loss), ", ".join(missing)
-            what = f"init was given {missed}, and {name} does not take it by keyword."
-            hint = f"def {name}(params, batch, *, {', '.join(given)}), or leave {missed} out of init"
+        missing = ", ".join(name for name in options if name not in parameters)
+        if missing and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            name = name_of(self.loss)
+            what = f"init was given {missing}, and {name} does not take it by keyword."
+            hint = f"def {name}(params, batch, *, {', '.join(options)}), or leave {missing} out of init"
             raise ArgumentError(what, at=location(self.loss), hint=hint)
 
-    def _loss(self, stateful: bool) -> Callable[..., Any]:
-        """The loss in its widest form, that returns `scalar, (model_state, metrics)`."""
-        aux = {
+    def _loss(self, has_state: bool) -> Callable[..., Any]:
+        """The loss in its most general form, which returns `scalar, (model_state, metrics)`."""
+        aux_form = {
             (False, True): '{"accuracy": accuracy}',
             (True, False): "model_state",
             (True, True): '(model_state, {"accuracy": accuracy})',
-        }.get((stateful, self.has_aux))
-        name, at = _name(self.loss), location(self.loss)
-
-        def refused(out: Any) -> ArgumentError:
-            what = f"step needs {name} to return scalar, {aux}, but it returned {_summary(out)}."
-            return ArgumentError(what, at=at, hint=f"return scalar, {aux}")
+        }.get((has_state, self.has_aux))
+        name, at, hint = name_of(self.loss), location(self.loss), f"return scalar, {aux_form}"
 
         @wraps(self.loss, updated=())
-        def whole(*args: Any, **given: Any) -> Any:
-            out = self.loss(*args, **given)
-            if aux is None:
+        def general(*args: Any, **options: Any) -> Any:
+            out = self.loss(*args, **options)
+            if aux_form is None:
                 if _is_pair(out):
                     what = f"step needs {name} to return a scalar, but it returned {_summary(out)}."
                     raise NotScalarError(what, at=at, hint="fg.step(..., has_aux=True), where it returns metrics too")
                 return out, (None, {})
-            if not _is_pair(out):
-                raise refused(out)
-            value, rest = out
-            if stateful and self.has_aux and not _is_pair(rest):
-                raise refused(out)
-            model_state, metrics = rest if stateful and self.has_aux else (rest, {}) if stateful else (None, rest)
+            if not _is_pair(out) or (has_state and self.has_aux and not _is_pair(out[1])):
+                what = f"step needs {name} to return scalar, {aux_form}, but it returned {_summary(out)}."
+                raise ArgumentError(what, at=at, hint=hint)
+            value, aux = out
+            model_state, metrics = (None, aux) if not has_state else aux if self.has_aux else (aux, {})
             if not isinstance(metrics, dict):
                 kind = type(metrics).__name__
                 what = f"step with has_aux=True needs a loss that returns a dict of metrics, not {kind}."
-                raise ArgumentError(what, at=at, hint=f"return scalar, {aux}")
+                raise ArgumentError(what, at=at, hint=hint)
             return value, (model_state, metrics)
 
-        return whole
+        return general
 
 
 def _is_pair(out: Any) -> bool:
@@ -173,7 +170,3 @@ def _summary(out: Any) -> str:
     if isinstance(out, tuple | list):
         return "(" + ", ".join(map(_summary, out)) + ")"
     return jax.typeof(out).str_short() if hasattr(out, "dtype") else type(out).__name__
-
-
-def _name(loss: Callable[..., Any]) -> str:
-    return getattr(loss, "__name__", type(loss).__name__)

@@ -1,5 +1,8 @@
-"""What people look at: a page of HTML for a graph, and what changed from one graph to another.
+"""Graphs for people and other tools.
 
-Read `pages` (`show`) and `differences` (`diff`). The data of a page is that of
-`transforms.description`; `assets` has its style, its script and the library that lays it out.
+schema    a graph as plain data: nodes, values, edges; to_json
+boxes     the assignment of equations to the boxes of their scopes
+page      show: one HTML file with that data and the viewer in assets
+graphviz  to_dot
+diff      diff: the equations that two graphs do not share
 """

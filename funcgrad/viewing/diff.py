@@ -1,8 +1,9 @@
-"""`diff`: what changed from one graph to another, equation by equation."""
+"""`diff`: the difference of two graphs, equation by equation."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,17 +21,17 @@ from ..transforms.core.subjaxprs import bodies
 from ..transforms.core.text import Names, equation, graph_lines
 from ..transforms.cost.formatting import format_count
 
-CONTEXT = 2  # lines shown around a change
+CONTEXT = 2  # unchanged lines shown around a change
 
 
 @dataclass(frozen=True, repr=False)
 class Diff:
-    """What changed from one graph to another. Its text marks lines that went with "-" and lines that came with "+".
+    """The difference of two graphs. Its text marks removed lines with "-" and added lines with "+".
 
     Attributes:
       before, after: the graphs.
-      lines: all lines of both as (mark, text), the mark one of " ", "-", "+". What stayed is called the same in both, so a line
-        that differs is another equation, or reads another value.
+      lines: all lines of both as (mark, text), the mark one of " ", "-", "+". Unchanged values have the same name in both, so a
+        line differs only if it is another equation, or reads another value.
     """
 
     before: Graph
@@ -39,7 +40,7 @@ class Diff:
 
     @cached_property
     def primitives(self) -> dict[str, int]:
-        """By primitive, how many equations more there are, at any depth; those that are as many are left out."""
+        """Primitive -> change of its number of equations, at any depth; unchanged ones are left out."""
         count = Counter(eqn.primitive.name for _, eqn in walk(self.after))
         count.subtract(eqn.primitive.name for _, eqn in walk(self.before))
         return {name: n for name, n in sorted(count.items()) if n}
@@ -63,19 +64,16 @@ class Diff:
         return [f"{self.before.name} -> {self.after.name}: {changes or 'as many of each primitive'}; {flops}"]
 
     def _shown(self) -> Iterator[tuple[str, str]]:
-        """What changed, with a little of what is around it; "…" stands for what is left out."""
+        """The changes with CONTEXT lines around them; "…" stands for the lines between."""
         near = {k + d for k, (mark, _) in enumerate(self.lines) if mark != " " for d in range(-CONTEXT, CONTEXT + 1)}
-        last = -1
-        for k in sorted(near & set(range(len(self.lines)))):
-            if k != last + 1:
+        for is_near, group in itertools.groupby(range(len(self.lines)), key=near.__contains__):
+            if is_near:
+                yield from (self.lines[k] for k in group)
+            elif near:
                 yield " ", "…"
-            yield self.lines[k]
-            last = k
-        if near and last + 1 < len(self.lines):
-            yield " ", "…"
 
     def html(self) -> str:
-        """The same as HTML: what came is blue, what went is orange."""
+        """The same as HTML: added lines are blue, removed lines are orange."""
         colour = {"+": "background:#dcecf7", "-": "background:#fbe6d8", " ": ""}
         rows = "".join(
             f'<tr style="{colour[mark]}"><td style="padding:0 .6em">{mark}</td>'
@@ -89,14 +87,14 @@ class Diff:
 
 
 def diff(before: Graph, after: Graph) -> Diff:
-    """What a transform or an edit changed: the equations that went and those that came.
+    """The difference of two graphs: the equations that a transform or an edit removed and added.
 
     Equations are matched by primitive, parameters and types, in program order and at any depth of sub-graphs.
 
     Args:
       before, after: Graphs, of the same function or not.
     Returns:
-      Diff. Its text shows what changed; it is false where nothing did.
+      Diff. Its text shows the changes; it is false if there are none.
     Raises:
       ArgumentError: not two Graphs. Also a TypeError.
 
@@ -115,9 +113,8 @@ def diff(before: Graph, after: Graph) -> Diff:
     """
     for graph in (before, after):
         if not isinstance(graph, Graph):
-            raise ArgumentError(
-                f"diff takes two Graphs, and got {type(graph).__name__}.", hint="fg.diff(graph, fg.grad(graph))"
-            )
+            what = f"diff takes two Graphs, and got {type(graph).__name__}."
+            raise ArgumentError(what, hint="fg.diff(graph, fg.grad(graph))")
     names = Names(before)
     old = _lines(before, names)
     matched = _pairs(before.jaxpr, after.jaxpr)
@@ -133,13 +130,13 @@ def diff(before: Graph, after: Graph) -> Diff:
 
 
 def _lines(graph: Graph, names: Names) -> list[str]:
-    """The text of a graph without its name."""
+    """The lines of a graph's text, without its name."""
     head, body = graph_lines(graph, names)
     return [head[0].removeprefix(graph.name), *head[1:], *body]
 
 
 def _pairs(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
-    """Variables of two closed jaxprs that stand in the same place of the same equations, or are equal constants."""
+    """Pairs of variables of two closed jaxprs: at the same place of matched equations, or equal constants."""
     constants = zip(before.jaxpr.constvars, before.consts, after.jaxpr.constvars, after.consts, strict=False)
     yield from ((v, w) for v, x, w, y in constants if _are_equal(x, y))
     old_eqns, new_eqns = before.jaxpr.eqns, after.jaxpr.eqns
@@ -147,28 +144,29 @@ def _pairs(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
         for k in range(b - a if tag == "equal" else 0):
             old, new = old_eqns[a + k], new_eqns[c + k]
             yield from zip(old.outvars, new.outvars, strict=True)
-            for one, other in zip(bodies(old), bodies(new), strict=True):
-                yield from zip(one.jaxpr.jaxpr.invars, other.jaxpr.jaxpr.invars, strict=False)
-                yield from _pairs(one.jaxpr, other.jaxpr)
+            for old_body, new_body in zip(bodies(old), bodies(new), strict=True):
+                yield from zip(old_body.jaxpr.jaxpr.invars, new_body.jaxpr.jaxpr.invars, strict=False)
+                yield from _pairs(old_body.jaxpr, new_body.jaxpr)
 
 
 def _are_equal(x: Any, y: Any) -> bool:
-    """Whether two constants are the same array, or have the same values."""
+    """Whether two constants are the same object, or arrays of equal values."""
     if x is y or not (hasattr(x, "dtype") and hasattr(y, "dtype")):
         return x is y
     if x.dtype != y.dtype or x.shape != y.shape:
         return False
-    values = [jax.random.key_data(v) if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in (x, y)]
-    return np.array_equal(np.asarray(values[0]), np.asarray(values[1]))
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x, y = jax.random.key_data(x), jax.random.key_data(y)
+    return np.array_equal(np.asarray(x), np.asarray(y))
 
 
 def _key(eqn: Any) -> Hashable:
-    """An equation without the names of its variables."""
+    """The text of an equation without the names of its variables, and its number of sub-graphs."""
     return equation(eqn, lambda atom: str(atom.val) if isinstance(atom, Literal) else "_"), len(bodies(eqn))
 
 
 def _opcodes(old: Sequence[Hashable], new: Sequence[Hashable]) -> Iterator[tuple[str, int, int, int, int]]:
-    """As difflib's opcodes, of sequences that may be long: what is the same at both ends is not searched."""
+    """The opcodes of difflib. The search skips the common prefix and suffix, since graphs may be long."""
     shorter = min(len(old), len(new))
     first = next((k for k in range(shorter) if old[k] != new[k]), shorter)
     last = next((k for k in range(shorter - first) if old[-1 - k] != new[-1 - k]), shorter - first)

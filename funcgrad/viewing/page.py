@@ -1,4 +1,4 @@
-"""`show`: a graph as one HTML file, which needs no network."""
+"""`show`: a graph as one HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import html
 import json
 import linecache
 import os
+import sys
 import tempfile
 import webbrowser
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from ..transforms.compilation.kernels.instructions import Kernel
 from ..transforms.compilation.kernels.table import Compiled
 from ..transforms.core.errors import ArgumentError
 from ..transforms.cost.formatting import format_seconds
-from .schema import described
+from .schema import graph_data
 
 
 def show(
@@ -29,64 +30,57 @@ def show(
     kernels: Compiled | None = None,
     times: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write a graph as one HTML file to look at, and give its path.
+    """Write a graph as one HTML file with a viewer.
 
-    Scopes and sub-graphs are boxes that open and close, equations are nodes, values are edges; it holds the lines of your code
-    that made them. The two halves of a gradient stand side by side, with the residuals between them. The file is complete: it
-    needs no network, and can be sent to others.
+    Scopes and sub-graphs are boxes that open and close, equations are nodes, values are edges. The file contains the source
+    lines of the equations. The two halves of a gradient are side by side, with the residuals between them. The file needs no
+    network and no other file.
 
     Args:
       graph: Graph, or Halves as from `fg.halves`.
-      path: where to write; what is there is replaced. None writes to a new temporary file, and opens it in the browser if
+      path: the file, which is replaced if it exists. None writes to a new temporary file, and opens it in the browser if
         Python runs interactively.
-      kernels: `fg.compiled(graph, *args)`: each equation says in which kernels it is, and has the colour "time" of theirs.
+      kernels: `fg.compiled(graph, *args)`: each equation lists its kernels, and the colour "time" shows their times.
       times: measured seconds of equations by their names, as {"block_0/tanh#0": 2e-6}, in place of those of `kernels`. `tap` and
         `Residual.path` name equations in the same way; those of a backward pass start with "transpose".
     Returns:
       The path of the file.
     Raises:
       ArgumentError: neither a Graph nor Halves; `kernels` is no Compiled. Also a TypeError.
-      OptionError: `kernels` or `times` name an equation that is not there. Also a ValueError.
+      OptionError: `kernels` or `times` name an equation that does not exist. Also a ValueError.
     """
     if not isinstance(graph, Graph | Halves):
-        raise ArgumentError(
-            f"show takes a Graph or Halves, and got {type(graph).__name__}.",
-            hint="fg.show(fg.trace(f, *args)), or fg.show(fg.halves(graph))",
-        )
+        what = f"show takes a Graph or Halves, and got {type(graph).__name__}."
+        raise ArgumentError(what, hint="fg.show(fg.trace(f, *args)), or fg.show(fg.halves(graph))")
     if kernels is not None and not isinstance(kernels, Compiled):
-        raise ArgumentError(
-            f"show takes kernels of fg.compiled, and got {type(kernels).__name__}.",
-            hint="fg.show(graph, path, kernels=fg.compiled(graph, *args))",
-        )
-    text = page(graph, kernels, times)
-    if path is not None:
-        written = Path(path)
-        written.write_text(text, encoding="utf-8")
-        return written
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".html", prefix="funcgrad_", delete=False) as file:
-        file.write(text)
-    if _is_interactive():
-        webbrowser.open(Path(file.name).as_uri())
-    return Path(file.name)
+        what = f"show takes kernels of fg.compiled, and got {type(kernels).__name__}."
+        raise ArgumentError(what, hint="fg.show(graph, path, kernels=fg.compiled(graph, *args))")
+    text = html_page(graph, kernels, times)
+    if path is None:
+        descriptor, name = tempfile.mkstemp(suffix=".html", prefix="funcgrad_")
+        os.close(descriptor)
+    file = Path(name if path is None else path)
+    file.write_text(text, encoding="utf-8")
+    if path is None and _is_interactive():
+        webbrowser.open(file.as_uri())
+    return file
 
 
-def page(graph: Graph | Halves, kernels: Compiled | None = None, times: Mapping[str, float] | None = None) -> str:
+def html_page(graph: Graph | Halves, kernels: Compiled | None = None, times: Mapping[str, float] | None = None) -> str:
     """The text of the HTML file."""
-    words = {} if kernels is None else {name: list(map(_in_words, each)) for name, each in kernels.parts.items()}
+    descriptions = {} if kernels is None else {name: list(map(_in_words, ks)) for name, ks in kernels.parts.items()}
     times = kernels.times if times is None and kernels is not None else times
-    data = _with_source(described(graph, times, words))
+    data = _with_source(graph_data(graph, times, descriptions))
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c")  # a script has no HTML escapes: "<" could end it
     parts = {name: _asset(file) for name, file in _PARTS.items()}
-    # In a script, HTML knows no escapes: "<" could end it.
-    return Template(_asset("page.html")).substitute(
-        parts, title=html.escape(data["name"]), data=text.replace("<", "\\u003c")
-    )
+    return Template(_asset("page.html")).substitute(parts, title=html.escape(data["name"]), data=text)
 
 
 def _in_words(k: Kernel) -> str:
-    took = "" if k.elapsed_s is None else f", {format_seconds(k.elapsed_s)}"
-    others = f", with {len(k.equations) - 1} more" if len(k.equations) > 1 else ""
-    return f"{k.name}: {k.sort}{took}{others}"
+    time = "" if k.elapsed_s is None else f", {format_seconds(k.elapsed_s)}"
+    more = f", with {len(k.equations) - 1} more" if len(k.equations) > 1 else ""
+    return f"{k.name}: {k.sort}{time}{more}"
 
 
 _PARTS = {"style": "viewer.css", "licence": "dagre.LICENSE", "dagre": "dagre.min.js", "viewer": "viewer.js"}
@@ -97,21 +91,18 @@ def _asset(name: str) -> str:
 
 
 def _with_source(data: dict[str, Any]) -> dict[str, Any]:
-    """The data with short names of files, and the text of the lines that made equations."""
+    """The data with base names of files where these are unique, and the text of the equations' source lines."""
     files = {node["file"] for node in data["nodes"] if node.get("file")}
-    short = {file: os.path.basename(file) for file in files}
-    if len(set(short.values())) < len(files):
-        short = {file: file for file in files}
+    short_names = {file: os.path.basename(file) for file in files}
+    if len(set(short_names.values())) < len(files):
+        short_names = {file: file for file in files}
     source: dict[str, dict[int, str]] = {}
     for node in data["nodes"]:
         if file := node.get("file"):
-            node["file"] = short[file]
-            text = linecache.getline(file, node["line"]).rstrip()
-            source.setdefault(short[file], {})[node["line"]] = text
+            node["file"] = short_names[file]
+            source.setdefault(node["file"], {})[node["line"]] = linecache.getline(file, node["line"]).rstrip()
     return {**data, "source": {file: dict(sorted(lines.items())) for file, lines in sorted(source.items())}}
 
 
 def _is_interactive() -> bool:
-    import sys
-
     return hasattr(sys, "ps1") and sys.stdout.isatty()

@@ -1,18 +1,18 @@
-// Draws the data of a graph, as docs/viewing.md describes it: boxes that open and close, laid out one by one with dagre.
+// Draws the data of a graph (schema: docs/viewing.md) as boxes that open and close. dagre lays out each box on its own.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 
-const OPEN_AT_FIRST = [160, 60, 20]; // nodes that are visible when the page opens: the first that is not too wide to read
-const OPEN_AT_MOST = 1500; // and at any time, so that the page stays quick
-const MOST_LEAVES = 10; // arguments, or outputs, that stand beside each other
-const WIDEST_BOX = 100; // children of a box; more are cut into parts
-const MOST_ROWS = 1000; // of the table
+const OPEN_AT_FIRST = [160, 60, 20]; // limits of visible nodes when the page opens: the first whose layout is legible counts
+const OPEN_AT_MOST = 1500; // the limit at any time, to keep the page fast
+const MOST_LEAVES = 10; // arguments or outputs beside each other; more go into boxes of their names
+const WIDEST_BOX = 100; // children of a box; more are split into parts
+const MOST_ROWS = 1000; // rows of the table
 const LEGIBLE = 0.85; // scale
 const HEADER = 24; // height of a box's title
 const PAD = 14;
-const GAP = 34; // between ranks, room for a value's type
+const GAP = 34; // between ranks: room for the type of a value
 
 // ------------------------------------------------------------------------------------------------ the tree of boxes
 
@@ -20,7 +20,7 @@ const nodes = data.nodes;
 const values = data.values;
 const root = { id: -1, parent: null, kind: "root", label: data.name, children: [], open: true };
 const up = (node) => (node.parent === null ? root : nodes[node.parent]);
-const PILLS = new Set(["argument", "constant", "input", "output"]); // kinds of what is no operation
+const PILLS = new Set(["argument", "constant", "input", "output"]); // kinds of nodes that are not operations
 const isBox = (node) => node.children.length > 0;
 const isHalved = (box) => box.children.length === 2 && box.children.every((node) => node.kind === "half");
 
@@ -29,9 +29,10 @@ const edges = data.edges.map((edge) => ({
   target: nodes[edge.target],
   value: values[edge.value],
 }));
-const fresh = () => ({ children: [], made: [], from: [], to: [], open: false }); // edges that come from a node, and go to it
+// from, to: edges that leave the node, and that enter it
+const emptyNode = () => ({ children: [], made: [], from: [], to: [], open: false });
 
-for (const node of nodes) Object.assign(node, fresh());
+for (const node of nodes) Object.assign(node, emptyNode());
 for (const node of nodes) up(node).children.push(node);
 for (const value of values) {
   value.edges = [];
@@ -47,7 +48,7 @@ equations.forEach((node, k) => (node.number = k + 1));
 tidy(root);
 sum(root);
 
-/** What the data does not say, and makes a large graph legible: halves, arguments where they are read, parts. */
+/** Boxes that are not in the data and make large graphs legible: halves, parts, and arguments near their users. */
 function tidy(box) {
   halve(box);
   settle(box);
@@ -66,7 +67,7 @@ function numbers(node) {
   return node.number ? [node.number] : node.children.flatMap(numbers);
 }
 
-/** A box that holds a backward pass shows it beside what comes before it. */
+/** Split a box that contains a backward pass into a forward and a backward half. */
 function halve(box) {
   const isBackward = (node) => node.kind === "scope" && node.label === "transpose";
   const after = new Set(box.children.filter(isBackward));
@@ -87,14 +88,14 @@ function halve(box) {
   for (const scope of half.children.filter(isBackward)) unwrap(scope);
 }
 
-/** Arguments, and outputs, stand in the scope that alone reads, or makes, them; where many are left, in a box of their name. */
+/** Move arguments into the only scope that reads them, outputs into the only scope that makes them; box many others by name. */
 function settle(box) {
   for (const [kind, ends] of [
     ["argument", (node) => node.from.map((edge) => edge.target)],
     ["output", (node) => node.to.map((edge) => edge.source)],
   ]) {
     if (box.kind === "tree") continue;
-    const isOwn = (node) => node.kind === kind && !("result" in node); // not of a sub-graph
+    const isOwn = (node) => node.kind === kind && !("result" in node); // of the graph, not of a sub-graph
     for (const leaf of box.children.filter(isOwn)) {
       const near = ends(leaf).filter((node) => within(box, node));
       let place = box;
@@ -113,14 +114,14 @@ function settle(box) {
   }
 }
 
-/** The child of a box that is or holds a node; undefined where the node is elsewhere. */
+/** The child of a box that is or contains a node; undefined if the node is outside of the box. */
 function within(box, node) {
   for (let child = node; child !== root; child = up(child)) if (up(child) === box) return child;
 }
 
 function wrap(box, members, kind, label) {
   const node = { id: nodes.length, parent: box.id < 0 ? null : box.id, kind, label };
-  nodes.push(Object.assign(node, fresh()));
+  nodes.push(Object.assign(node, emptyNode()));
   box.children.splice(box.children.indexOf(members[0]), 0, node);
   for (const member of members) move(member, node);
   return node;
@@ -139,7 +140,7 @@ function unwrap(box) {
   up(box).children.splice(up(box).children.indexOf(box), 1);
 }
 
-/** What all equations in a node cost together. */
+/** The total costs of the equations in a node. */
 function sum(node) {
   node.children.forEach(sum);
   const add = (own, key) => node.children.reduce((total, child) => total + child[key], own ?? 0);
@@ -165,8 +166,8 @@ function ancestors(node) {
 
 // ------------------------------------------------------------------------------------------------ edges, level by level
 
-// An edge is cut where it crosses the border of a box. A segment joins two children of a box, or a child and the border
-// (null), and bundles all edges that go the same way. What goes from one half of a gradient to the other is a residual.
+// Borders of boxes cut edges into segments. A segment joins two children of a box, or a child and the border (null), and
+// bundles all edges with the same ends. An edge from one half of a gradient to the other is a residual.
 const residuals = [];
 for (const node of [root, ...nodes]) node.segments = new Map();
 for (const edge of edges) cut(edge);
@@ -184,17 +185,17 @@ function cut(edge) {
   segment(meeting, from, to, [edge]);
 }
 
-/** Call `each` for the boxes below `meeting` that lie around a node; gives the child of `meeting` that holds it. */
-function climb(node, meeting, each) {
+/** Call `visit` for the boxes around a node up to `meeting`; returns the child of `meeting` that contains it. */
+function climb(node, meeting, visit) {
   let child = node;
   for (let box = up(node); box !== meeting; box = up(box)) {
-    each(box, child);
+    visit(box, child);
     child = box;
   }
   return child;
 }
 
-/** The result of a sub-graph leaves its boxes up to the equation, whose value it is. */
+/** Draw the result of a sub-graph from its output to the equation that returns it. */
 function leave(node) {
   const value = values[node.result];
   const owner = value ? nodes[value.node] : up(node);
@@ -211,7 +212,7 @@ function segment(box, from, to, bundle) {
 
 const pen = document.createElement("canvas").getContext("2d");
 pen.font = "600 12px system-ui, sans-serif";
-const TYPE_SCALE = 0.78; // how much smaller the types of values are written
+const TYPE_SCALE = 0.78; // font size of the types of values, relative to the captions
 const FAR = 1e9;
 
 function caption(node) {
@@ -221,7 +222,7 @@ function caption(node) {
   return [isBox(node) && !node.open ? "▸" : "", short, ...literals].join(" ").trim();
 }
 
-/** Give a node its size, and an open box the places of its children and the paths of its segments. */
+/** Compute the size of a node, and for an open box the positions of its children and the paths of its segments. */
 function layOut(node, upward) {
   if (node.laid) return;
   node.laid = true;
@@ -236,11 +237,11 @@ function layOut(node, upward) {
 
   const graph = new dagre.graphlib.Graph();
   graph.setGraph({ ranksep: GAP, nodesep: 22, edgesep: 12, ranker: "network-simplex" });
-  const told = labels(node);
+  const summaries = labels(node);
   const lean = leanings(node);
   const byLeaning = (a, b) => (lean.get(b) ?? FAR) - (lean.get(a) ?? FAR);
   for (const child of node.children.toSorted(byLeaning)) {
-    const label = child.open ? 0 : pen.measureText(told.get(child) ?? "").width * TYPE_SCALE;
+    const label = child.open ? 0 : pen.measureText(summaries.get(child) ?? "").width * TYPE_SCALE;
     graph.setNode(child.id, { width: Math.max(child.width, label), height: child.height });
   }
   const borders = { width: 1, height: 1 };
@@ -279,7 +280,7 @@ function layOut(node, upward) {
   }
 }
 
-/** Where a child's values enter open boxes beside it. Dagre sees one box; what it is given first, it puts rightmost. */
+/** The x at which a child's values enter open siblings. dagre does not see inside these; it puts the first nodes rightmost. */
 function leanings(box) {
   const lean = new Map();
   for (const { from, to, bundle } of box.segments.values()) {
@@ -290,7 +291,7 @@ function leanings(box) {
   return lean;
 }
 
-/** The trunk of a bundle as a path between ranks, and legs to the places where its edges cross the border of a box. */
+/** The trunk of a bundle as a path between ranks, and legs to the points where its edges cross the border of an open box. */
 function route(node, { from, to, bundle }, bends, graph, half, flip, upward) {
   const place = ({ id, width, height }) => ({ x: graph.node(id).x + PAD, y: graph.node(id).y, width, height });
   const near = (x, { x: middle, width }, margin) =>
@@ -306,7 +307,7 @@ function route(node, { from, to, bundle }, bends, graph, half, flip, upward) {
   const xs = { begin: out.length === 1 ? out[0].x : begin, end: into.length === 1 ? into[0].x : end };
   const points = [];
   const margin = upward ? PAD : HEADER; // between the border where data enters and the first rank
-  const lead = 11; // how far from a border a bundle spreads into legs
+  const lead = 11; // distance from the border at which a bundle splits into legs
   if (start) {
     const bottom = start.y + start.height / 2;
     if (out.length > 1) points.push([xs.begin, bottom + lead]);
@@ -337,7 +338,7 @@ function route(node, { from, to, bundle }, bends, graph, half, flip, upward) {
   return { points: turned(points), legs, tip: Boolean(stop) && into.length <= 1, upward };
 }
 
-/** Where a bundle crosses the border of an open box. */
+/** The points where a bundle crosses the border of an open box. */
 function ports(box, way, bundle, place) {
   const found = new Map();
   for (const path of box.paths) {
@@ -364,7 +365,7 @@ function sideBySide(box) {
   box.paths = [];
 }
 
-/** The upper left corner of a visible node in the coordinates of the whole. */
+/** The upper left corner of a visible node in the coordinates of the root. */
 function corner(node) {
   let [x, y] = [0, 0];
   for (let box = node; box !== root; box = up(box)) [x, y] = [x + box.x, y + box.y];
@@ -373,7 +374,7 @@ function corner(node) {
 
 // ------------------------------------------------------------------------------------------------ colours
 
-// Viridis from light to dark: more is darker; and the colours of Okabe and Ito. Both are legible to the colour-blind.
+// Viridis, darker for larger amounts, and the palette of Okabe and Ito; both are safe for colour-blind readers.
 const RAMP = ["#fde725", "#addc30", "#5ec962", "#28ae80", "#21918c", "#2c728e", "#3b528b", "#472d7b", "#440154"];
 const KINDS = ["#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2", "#999999"];
 const dtypes = [...new Set(equations.map((node) => node.made[0]?.dtype).filter(Boolean))];
@@ -465,18 +466,18 @@ function drawBox(box, parts, bundles) {
     }
   }
   for (const child of box.children) drawNode(child, parts, bundles);
-  const told = labels(box);
+  const summaries = labels(box);
   for (const path of box.paths) {
     const child = path.from;
-    if (!told.has(child)) continue;
+    if (!summaries.has(child)) continue;
     const x = child.open ? path.points[0][0] : child.x + child.width / 2;
     const y = path.upward ? child.y - 5 : child.y + child.height + 11;
-    parts.push(`<text class="type" text-anchor="middle" x="${x}" y="${y}">${escaped(told.get(child))}</text>`);
-    told.delete(child);
+    parts.push(`<text class="type" text-anchor="middle" x="${x}" y="${y}">${escaped(summaries.get(child))}</text>`);
+    summaries.delete(child);
   }
 }
 
-/** What leaves each child of a box, in words. */
+/** A summary of the values that leave each child of a box. */
 function labels(box) {
   const bundles = new Map();
   for (const { from, bundle } of box.segments.values())
@@ -499,7 +500,7 @@ function drawTip([x, y], upward, parts) {
   parts.push(`<path class="tip" d="M${x} ${y}l-3.2 ${upward ? 6 : -6}h6.4z"/>`);
 }
 
-/** A line that leaves and enters each point vertically. */
+/** A curve that is vertical at each point. */
 function curve(points) {
   const [[x, y], ...rest] = points;
   let [px, py] = [x, y];
@@ -576,7 +577,7 @@ function drawLegend() {
 
 // ------------------------------------------------------------------------------------------------ opening and closing
 
-/** Open or close a visible box; its corner stays where it is. */
+/** Open or close a visible box; its corner keeps its position on the screen. */
 function toggle(box) {
   if (!isBox(box)) return;
   const before = corner(box);
@@ -589,7 +590,7 @@ function toggle(box) {
   draw();
 }
 
-/** A box and all around it are laid out again. */
+/** Discard the layout of a box and of all boxes around it. */
 function forget(node) {
   for (const box of ancestors(node)) box.laid = false;
 }
@@ -601,7 +602,7 @@ function visible() {
   return count;
 }
 
-/** Open boxes from the outside in, a whole level at a time, while few nodes are visible. */
+/** Open boxes from the outside in, one level at a time, up to a number of visible nodes. */
 function unfold(most) {
   const isWanted = (box) => isBox(box) && (box.kind !== "tree" || most === OPEN_AT_MOST);
   for (let level = [root]; level.length;) {
@@ -618,7 +619,7 @@ function foldAll() {
   for (const node of [root, ...nodes]) node.laid = false;
 }
 
-/** Open what is around a node. */
+/** Open all boxes around a node. */
 function reveal(node) {
   for (const box of ancestors(node).slice(1, -1)) box.open = true;
   forget(node);
@@ -641,7 +642,7 @@ function zoom(factor, x = $("canvas").clientWidth / 2, y = $("canvas").clientHei
   place();
 }
 
-/** Show the whole, or in full width its upper part, where it would get smaller than legible. */
+/** Show the whole graph; if that would be illegible, its upper part in full width. */
 function fit(legible = 0) {
   const { clientWidth, clientHeight } = $("canvas");
   const wide = clientWidth / (root.width + 40);
@@ -652,7 +653,7 @@ function fit(legible = 0) {
   place();
 }
 
-/** Bring nodes into the middle, all of them. */
+/** Centre the view on all of these nodes. */
 function centre(members) {
   const { clientWidth, clientHeight } = $("canvas");
   const ends = members
@@ -672,7 +673,7 @@ function centre(members) {
 let selected = []; // nodes
 let followed = null; // a value
 
-/** The forward equations of what is selected, or the users of a value that is followed. */
+/** The forward equations of the selection, or the users of the followed value. */
 function lit() {
   if (followed) return followed.edges.map((edge) => edge.target);
   return selected.flatMap((node) => node.forward ?? []).map((id) => nodes[id]);
@@ -699,7 +700,7 @@ function mark() {
   drawCode();
 }
 
-/** The edges that end at a node, or cross its border. */
+/** The edges that start or end at a node, or cross its border. */
 function crossing(node) {
   const inner = [...node.segments.values()].filter((part) => !part.from || !part.to);
   return [...node.from, ...node.to, ...inner.flatMap((part) => [...part.bundle])];
@@ -771,7 +772,7 @@ const valueLink = (value) => {
   return `<button class="link" data-value="${value.id}">${text} <small>${escaped(maker.name ?? maker.label)}</small></button>`;
 };
 
-/** The lines of source that made the graph; those of what is selected and lit are marked. */
+/** The source lines of the graph; those of selected and lit equations are marked. */
 function drawCode() {
   if (!$("code")) return;
   const near = (members) => new Set(members.map((node) => `${node.file}:${node.line}`));
@@ -948,7 +949,7 @@ canvas.addEventListener(
   { passive: false },
 );
 
-/** From a node to what it reads (-1) or what reads it (1), or to the next visible node on the same level. */
+/** Select the first input (up) or user (down) of the selected node, or its neighbour in the same box (left, right). */
 function step(key) {
   const node = selected[0];
   if (!node) return go(shown(root.children[0]));
@@ -1043,4 +1044,4 @@ draw();
 fit(LEGIBLE);
 drawLegend();
 describe();
-document.body.dataset.ready = Math.round(performance.now()); // milliseconds since the page was asked for
+document.body.dataset.ready = Math.round(performance.now()); // milliseconds since the start of navigation

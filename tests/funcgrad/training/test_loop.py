@@ -19,8 +19,10 @@ import pytest
 from funcgrad.transforms.core.errors import ArgumentError, DataError, NotFiniteError, NotScalarError, OptionError
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from funcgrad import step, train
 from funcgrad.data.prefetch import prefetch
-from funcgrad.training import Log, loop, step, train
+from funcgrad.training import loop
+from funcgrad.training.log import Log
 from funcgrad.training.program import _programs
 
 from ... import checks
@@ -648,7 +650,7 @@ def test_a_batch_with_nan_is_found(chunk):
         "train got a loss of nan at step 50.\n"
         "  at      (loss)\n"
         "  inputs  batch['x'] has 2 NaN of 24, batch['x'] has 1 infinite of 24\n"
-        "  try     mend the batch: the loss only passes on what it was given"
+        "  try     repair the batch: it holds values that are not finite"
     )
     assert np.isfinite(error.log.metrics["loss"][:50]).all()
     assert np.isnan(error.log.metrics["loss"][50])
@@ -687,7 +689,7 @@ def test_no_batches(chunk):
     assert isinstance(error, DataError)
     assert message(error) == (
         "train got no batch: the batches ended before the first step.\n"
-        "  try     an iterator serves once: give a list, or make the iterator anew"
+        "  try     an iterator can be consumed only once: pass a list, or create the iterator again"
     )
 
 
@@ -809,10 +811,10 @@ def test_a_keyboard_interrupt_loses_nothing(chunk):
 @pytest.mark.usefixtures("interruptible")
 def test_a_keyboard_interrupt_waits_for_the_dispatch(monkeypatch):
     """Ctrl-C between the donation and the assignment of the new state."""
-    prepare = loop.prepare
+    program_of = loop.program_of
 
     def interrupting(one, state):
-        program = prepare(one, state)
+        program = program_of(one, state)
 
         class Run:
             trace, lower, calls = program.run.trace, program.run.lower, 0
@@ -826,7 +828,7 @@ def test_a_keyboard_interrupt_waits_for_the_dispatch(monkeypatch):
 
         return dataclasses.replace(program, run=Run())
 
-    monkeypatch.setattr(loop, "prepare", interrupting)
+    monkeypatch.setattr(loop, "program_of", interrupting)
     with pytest.raises(KeyboardInterrupt) as error:
         train(mean, jnp.float32(0), numbers(10), steps=10, chunk=2)
     assert error.value.log.steps == 6

@@ -18,7 +18,7 @@ from jax import lax
 import funcgrad as fg
 from funcgrad.notebooks import LARGEST
 from funcgrad.viewing import page
-from funcgrad.viewing.schema import described
+from funcgrad.viewing.schema import graph_data
 
 from ...corpus import CORPUS
 
@@ -78,7 +78,7 @@ def test_the_description_is_the_jaxpr(p):
 def test_the_costs_are_those_of_cost(p):
     graph = fg.trace(p.f, *p.args)
     work = fg.cost(graph).work
-    nodes = [n for n in described(graph)["nodes"] if n.get("flops") is not None]
+    nodes = [n for n in graph_data(graph)["nodes"] if n.get("flops") is not None]
     for key in ("flops", "transcendentals", "bytes_read", "bytes_written"):
         assert sum(n[key] for n in nodes) == pytest.approx(getattr(work, key))
 
@@ -87,7 +87,7 @@ def test_the_costs_are_those_of_cost(p):
 def test_data_flows_one_way_between_boxes(p):
     graph = fg.trace(p.f, *p.args)
     for what in [graph] if "grad" in p.lacks else [graph, fg.halves(graph, p.diff)]:
-        data = described(what)
+        data = graph_data(what)
         after = {}
         for edge in data["edges"]:
             source, target = (chain(data, data["nodes"][edge[end]]) for end in ("source", "target"))
@@ -110,7 +110,7 @@ def test_a_scope_is_one_box_unless_data_leaves_it_and_comes_back():
         with jax.named_scope("a"):
             return jnp.tanh(y) + z  # it waits for the exp, which waits for the first box
 
-    data = described(fg.trace(f, 1.0))
+    data = graph_data(fg.trace(f, 1.0))
     boxes = [[n["label"] for n in children(data, box)] for box in children(data) if box["kind"] == "scope"]
     assert boxes == [["sin", "cos", "tanh", "add"], ["tanh", "add"]]
 
@@ -128,13 +128,13 @@ def test_a_box_that_comes_to_depend_on_another_takes_what_depends_on_it_along():
         with jax.named_scope("a"):
             return jnp.sqrt(w), y
 
-    data = described(fg.trace(f, 1.0))
+    data = graph_data(fg.trace(f, 1.0))
     boxes = [(box["label"], len(children(data, box))) for box in children(data) if box["kind"] == "scope"]
     assert boxes == [("a", 1), ("b", 2), ("c", 1), ("a", 1)]
 
 
 def test_what_ends_a_loop_is_no_result_of_it():
-    data = described(fg.trace(lambda x: lax.while_loop(lambda x: x < 3, lambda x: x + 1, x), 0))
+    data = graph_data(fg.trace(lambda x: lax.while_loop(lambda x: x < 3, lambda x: x + 1, x), 0))
     bodies = {n["label"]: n for n in data["nodes"] if n["kind"] == "body"}
     results = lambda label: [n["result"] for n in children(data, bodies[label]) if n["kind"] == "output"]
     assert results("cond_jaxpr") == [None]
@@ -146,7 +146,7 @@ def test_sub_graphs_are_boxes_and_say_what_runs():
     def f(c, xs):
         return lax.scan(lambda c, x: (c * x, jnp.sin(c)), c, xs)
 
-    data = described(fg.trace(f, jnp.float32(2), jnp.ones(5)))
+    data = graph_data(fg.trace(f, jnp.float32(2), jnp.ones(5)))
     (scan,) = (n for n in data["nodes"] if n["label"] == "scan ×5")
     inside = children(data, scan)
     assert [n["label"].split()[0] for n in inside if n["kind"] == "input"] == ["carry", "xs"]
@@ -157,14 +157,14 @@ def test_sub_graphs_are_boxes_and_say_what_runs():
 
 
 def test_what_jax_wrote_lies_at_the_users_line():
-    nodes = described(fg.trace(lambda x: jax.nn.silu(x), 1.0))["nodes"]
+    nodes = graph_data(fg.trace(lambda x: jax.nn.silu(x), 1.0))["nodes"]
     lines = {(n["file"], n["line"]) for n in nodes if n["kind"] == "equation"}
     assert len(lines) == 1
     assert next(iter(lines))[0] == __file__
 
 
 def test_a_backward_equation_knows_its_forward_ones():
-    data = described(fg.grad(GRAPH))
+    data = graph_data(fg.grad(GRAPH))
     named = {n["name"]: n for n in data["nodes"] if n["kind"] == "equation"}
     of = lambda name: {data["nodes"][k]["name"] for k in named[name]["forward"]}
     assert of("transpose/out/dot_general#0") == {"out/dot_general#0"}
@@ -178,7 +178,7 @@ def test_layers_written_as_a_loop_come_back_in_reverse():
             x = jnp.sin(x @ w)
         return x.sum()
 
-    data = described(fg.grad(fg.trace(f, jnp.ones((2, 2)), jnp.ones((2, 2)))))
+    data = graph_data(fg.grad(fg.trace(f, jnp.ones((2, 2)), jnp.ones((2, 2)))))
     nodes = [n for n in data["nodes"] if n["kind"] == "equation"]
     cosines = [n["id"] for n in nodes if n["primitive"] == "cos"]
     backward = [n for n in nodes if n["primitive"] == "mul" and n["scope"] == "transpose"]
@@ -187,7 +187,7 @@ def test_layers_written_as_a_loop_come_back_in_reverse():
 
 def test_halves_are_joined_by_their_residuals():
     halves = fg.halves(GRAPH)
-    data = described(halves)
+    data = graph_data(halves)
     forward, backward = children(data)
     assert (data["kind"], forward["label"], backward["label"]) == ("halves", "forward", "backward")
     side = lambda k: chain(data, data["nodes"][k])[-1]
@@ -201,16 +201,16 @@ def test_halves_are_joined_by_their_residuals():
 
 
 def test_times_are_taken_by_name():
-    data = described(GRAPH, {"hidden/tanh#0": 2e-6})
+    data = graph_data(GRAPH, {"hidden/tanh#0": 2e-6})
     assert {n["name"]: n["time_s"] for n in data["nodes"] if n.get("time_s")} == {"hidden/tanh#0": 2e-6}
     with pytest.raises(fg.OptionError, match="hidden/tanh#7"):
-        described(GRAPH, {"hidden/tanh#7": 1.0})
+        graph_data(GRAPH, {"hidden/tanh#7": 1.0})
 
 
 def test_the_schema_is_documented():
     text = (ROOT / "docs" / "viewing.md").read_text()
-    data = described(fg.grad(GRAPH))
-    scan = described(fg.trace(lambda xs: lax.scan(lambda c, x: (c + 1.0, x), 0.0, xs), X))
+    data = graph_data(fg.grad(GRAPH))
+    scan = graph_data(fg.trace(lambda xs: lax.scan(lambda c, x: (c + 1.0, x), 0.0, xs), X))
     fields = {key for d in (data, scan) for part in ("nodes", "values", "edges") for row in d[part] for key in row}
     assert not {key for key in {*data, *fields} if f"`{key}`" not in text}
     kinds = {n["kind"] for n in [*data["nodes"], *scan["nodes"]]}
@@ -223,7 +223,7 @@ def test_the_schema_is_documented():
 def test_dot_has_every_node_edge_and_box():
     graph = fg.trace(lambda c, xs: lax.scan(lambda c, x: (jnp.sin(c * x), c), c, xs), 2.0, jnp.ones(5))
     text = graph.to_dot()
-    data = described(graph)
+    data = graph_data(graph)
     assert text.count("{") == text.count("}")
     assert text.count(" -> ") == len(data["edges"])
     boxes = {n["parent"] for n in data["nodes"]} - {None}
@@ -244,7 +244,7 @@ def test_show_writes_the_file_that_it_is_told(tmp_path):
     path.write_text("old")
     assert fg.show(GRAPH, path) == path
     data = embedded(path.read_text(encoding="utf-8"))
-    expected = described(GRAPH)
+    expected = graph_data(GRAPH)
     assert [n["label"] for n in data["nodes"]] == [n["label"] for n in expected["nodes"]]
     assert data["edges"] == expected["edges"]
     file = Path(__file__).name
@@ -270,7 +270,7 @@ def test_show_opens_the_browser_where_python_is_interactive(monkeypatch):
 
 
 def test_a_page_is_one_file():
-    text = page.page(GRAPH)
+    text = page.html_page(GRAPH)
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]* (?:src|href)=\"(?!data:)", text)
     assert "Permission is hereby granted" in text
     assert "@import" not in text
@@ -281,7 +281,7 @@ def test_a_name_cannot_end_the_script():
         with jax.named_scope("</script><script>alert(1)"):
             return jnp.sin(x)
 
-    text = page.page(fg.trace(f, 1.0))
+    text = page.html_page(fg.trace(f, 1.0))
     assert "</script><script>alert" not in text
     assert any("alert(1)" in n["label"] for n in embedded(text)["nodes"])
 
@@ -346,7 +346,7 @@ def test_a_notebook_shows_the_page_in_a_frame():
     for what in (GRAPH, fg.halves(GRAPH)):
         frame = what._repr_html_()
         document = html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1])
-        assert document == page.page(what)
+        assert document == page.html_page(what)
 
 
 def test_a_notebook_shows_a_large_graph_as_text():

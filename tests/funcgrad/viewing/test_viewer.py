@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 import funcgrad as fg
-from funcgrad.viewing.schema import described
+from funcgrad.viewing.schema import graph_data
 
 from ...corpus import CORPUS
 
@@ -314,7 +314,7 @@ def test_a_residual_is_followed(page, path):
         "[...document.querySelectorAll('#panel .link')].find((e) => e.textContent.includes('hidden/tanh#0')).click()"
     )
     assert page.having("selected") == {"hidden/tanh#0"}
-    data = described(halves)
+    data = graph_data(halves)
     readers = {edge["target"] for edge in data["edges"] if data["nodes"][edge["source"]].get("name") == "hidden/tanh#0"}
     names = {data["nodes"][k]["name"] for k in readers}
     assert page.having("lit") == names
