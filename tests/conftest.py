@@ -66,20 +66,19 @@ def pytest_collection_modifyitems(config, items):
     for _, cases in tests:
         cases = list(cases)
         sample = sample_of(cases, config.option.sample, *cases[0].get_closest_marker("sample").args)
-        for item in cases:
-            if item not in sample:
-                item.add_marker("slow")
+        for item in set(cases) - set(sample):
+            item.add_marker("slow")
 
 
-def sample_of(items: list[pytest.Item], name: str, share: float, cover: tuple[str, ...] = ()) -> set[pytest.Item]:
+def sample_of(items: list[pytest.Item], name: str, share: float, cover: tuple[str, ...] = ()) -> list[pytest.Item]:
     """A share of the cases of a test, and as many more as show each value of the parameters in `cover` at least once."""
     by_hash = sorted(items, key=lambda item: zlib.crc32(f"{name} {item.nodeid}".encode()))
     count = math.ceil(share * len(items))
-    sample, values = set(), set()
+    sample, values = [], set()
     for k, item in enumerate(by_hash):
         covered = {(parameter, id(item.callspec.params[parameter])) for parameter in cover}
         if k < count or covered - values:
-            sample.add(item)
+            sample.append(item)
             values |= covered
     return sample
 

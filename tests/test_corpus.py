@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +26,7 @@ from .checks import (
     options,
     summed,
 )
+from .conftest import sample_of
 from .corpus import CORPUS, REVERSE
 
 FORMS = ("function", "graph")
@@ -178,3 +182,20 @@ def test_opcodes_are_counted():
     lowered = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y) + jnp.sin(2 * y), x)).lower(X)
     assert opcode_counts(lowered)["stablehlo.sine"] == 2
     assert opcode_counts(lowered.compile())["while"] == 1
+
+
+def test_a_sample_is_a_share_of_the_cases_that_covers_values():
+    cases = [
+        SimpleNamespace(nodeid=f"test[{p}-{t}]", callspec=SimpleNamespace(params={"p": p, "t": t}))
+        for p in CORPUS
+        for t in TRANSFORMS
+    ]
+    ids = lambda *arguments: {case.nodeid for case in sample_of(cases, *arguments)}
+    assert len(ids("one", 1 / 8)) == math.ceil(len(cases) / 8)
+    assert ids("one", 1 / 8) == ids("one", 1 / 8)
+    assert ids("one", 1 / 8) != ids("two", 1 / 8)
+    assert ids("one", 1.0) == {case.nodeid for case in cases}
+    sample = sample_of(cases, "one", 0.0, ("p", "t"))
+    assert {case.callspec.params["p"] for case in sample} == set(CORPUS)
+    assert {case.callspec.params["t"] for case in sample} == set(TRANSFORMS)
+    assert len(sample) < len(CORPUS) + len(TRANSFORMS)
