@@ -158,7 +158,7 @@ ERRORS = {
     ),
     "no rules": (
         lambda: fg.grad(jnp.sin, rules=[1]),
-        "rules= takes rules as a mapping or Rules, and got list.",
+        "rules= takes rules as a mapping, Rules or a Pass, and got list.",
     ),
     "no function": (
         lambda: fg.grad(3.0),
