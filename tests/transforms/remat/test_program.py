@@ -148,6 +148,8 @@ SAMPLE = (
     "integers",
     "static",
     "static types",
+    "scalars",
+    "closed-over key",
     "cond",
     "jit with constants",
     "custom_vjp",

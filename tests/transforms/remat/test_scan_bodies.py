@@ -246,6 +246,8 @@ SAMPLE = (
     "checkpointed",
     "forwarded",
     "stopped",
+    "keys_as_slices",
+    "weak_scalars",
 )
 
 
