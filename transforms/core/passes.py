@@ -40,9 +40,9 @@ class Pass:
     ...         print("/".join((*self.scope(), eqn.primitive.name)))
     ...         return super().equation(eqn, values)
     >>> with jax.named_scope("layer"):
-    ...     y = live(lambda x: jax.jit(jax.named_scope("act")(jnp.sin))(x) * 2, Print())(1.0)
+    ...     y = live(lambda x: -jax.jit(jax.named_scope("act")(jnp.sin))(x), Print())(1.0)
     act/sin
-    mul
+    neg
     """
 
     around: Path = ()

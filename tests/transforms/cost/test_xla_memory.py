@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="measured
 OLD = jax.__version_info__ < (0, 11)
 # Of JAX 0.10, whose XLA loses barriers: 50 and 53 % too many in the two of the MLP, 33 % in the U-Net.
 MISSED_BY_OLD = {"mlp remat", "mlp products", "unet forward"}
-FEW = {"mlp gradient", "transformer forward", "resnet products", "lstm remat"}
+FEW = ("mlp gradient", "transformer forward", "resnet products", "lstm remat")
 PROGRAMS = {t.name: t for t in trainings()}
 
 W, X = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((256, 64), jnp.float32)
