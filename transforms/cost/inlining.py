@@ -131,7 +131,7 @@ class Inlining:
             reads = list(map(read, eqn.invars))
             if is_view(eqn) or (eqn.primitive.name == "convert_element_type" and reads[0].argument == NUMBER):
                 makes = reads
-            elif eqn.primitive.name in _CALLS:
+            elif eqn.primitive.name in subjaxprs.CALLS:
                 body = subjaxprs.bodies(eqn)[0].jaxpr.jaxpr
                 body_steps, makes = self.inlined(body, [*_constants(body), *reads], eqn_path, times)
                 if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
@@ -268,13 +268,6 @@ def _scale(steps: Sequence[InlinedEqn], weight: float) -> None:
         step.times *= weight
         for body in step.bodies:
             _scale(body.steps, weight)
-
-
-# Primitives that run their one sub-jaxpr once, with their own operands.
-_CALLS = frozenset(
-    {"jit", "remat2", "closed_call", "call", "eval_jaxpr", "composite", "custom_vmap_call", "compute_on"}
-)
-_CALLS |= subjaxprs.WITH_DERIVATIVES
 
 
 def _constants(jaxpr: Any) -> list[Value]:

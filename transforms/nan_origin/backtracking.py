@@ -1,9 +1,9 @@
-"""From an element that is not finite back to what first made it so.
+"""From an element that is not finite back to its origin.
 
-A program runs as it is, and each of its equations whose results are not all finite is noted with its operands (`Level`). From
-an element of a result `walk` then goes back, element by element: to the operand's elements that are not finite either, until
-there are none, or an argument or a constant is reached. An equation that has sub-graphs is entered only there: its sub-graph
-runs again, equation by equation, on the operands that it had. Of a loop one iteration does, the one that made the element.
+A program runs under the pass `Level`, which notes each equation whose results are not all finite, with its operands. From an
+element of a result `backtrack` goes back, element by element, to the elements of operands that are not finite either, until there
+are none, or it reaches an argument or a constant. Only then is an equation with sub-jaxprs entered: its sub-jaxpr runs equation
+by equation on the same operands; of a loop, the iteration that computed the element.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .iterations import Iterations
 
 
 class Note(NamedTuple):
-    """An equation with results that are not finite, and where it ran."""
+    """An equation with results that are not finite, and the level it ran in."""
 
     eqn: Any
     values: Sequence[Any]
@@ -35,8 +35,8 @@ class Note(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
-    """An element that an equation made: the one at `index` of its k-th result."""
+class ComputedElement:
+    """An element that an equation computed: the one at `index` of its k-th result."""
 
     note: Note
     k: int
@@ -44,11 +44,11 @@ class Made:
 
     @property
     def value(self) -> Any:
-        """The array that it lies in."""
+        """Its array."""
         return self.note.outputs[self.k]
 
     def reads(self) -> list[tuple[Any, Any]]:
-        """The operands that it was computed from, and what of each."""
+        """The operands that the equation read for it, and the part of each."""
         eqn, values = self.note.eqn, self.note.values
         read = reads(Element(eqn, values, self.k, np.shape(self.value), self.index))
         is_read = lambda x, part: part is not None and _jax.is_array(jax.typeof(x))
@@ -56,18 +56,18 @@ class Made:
 
 
 @dataclass(frozen=True, eq=False)
-class Spot:
+class Position:
     """An element of a value that is not finite, on the way back from a result.
 
     Attributes:
-      reader: what read it. nan: what made NaN of infinities on the way, if something did.
+      reader: the element that was computed from it. nan: the first element that is NaN, where infinities led to it.
     """
 
     level: Level
     value: Any
     index: tuple[int, ...]
-    reader: Made | None = None
-    nan: Made | None = None
+    reader: ComputedElement | None = None
+    nan: ComputedElement | None = None
 
 
 _numbers = itertools.count()
@@ -93,7 +93,7 @@ class Level(Pass):
         self.noted: dict[int, tuple[Note, int]] = {}
         self.entered: dict[int, Any] = {}
         self.inputs: list[Any] = []
-        self.outside: Callable[[int, tuple[int, ...]], Spot] | None = None
+        self.outside: Callable[[int, tuple[int, ...]], Position] | None = None
 
     def path_of(self, eqn: Any) -> Path:
         """The scopes that an equation of this level lies in."""
@@ -131,55 +131,55 @@ class Level(Pass):
         self.inputs = list(values)
         return run(self, jaxpr, values)
 
-    def entry(self, value: Any, index: tuple[int, ...]) -> Spot | None:
-        """Where an input of this level comes from; None for what is closed over or a literal, and at the outermost level."""
+    def entry(self, value: Any, index: tuple[int, ...]) -> Position | None:
+        """The position outside of an input of this level; None for constants, literals, and at the outermost level."""
         place = next((k for k, x in enumerate(self.inputs) if x is value), None)
         return self.outside(place, index) if self.outside and place is not None else None
 
 
 def called_from(eqn: Any, call: Any) -> Any:
-    """An equation of what JAX inlines, with the line of the call: its own knows who called that function first."""
+    """An equation of a call that JAX inlines, with the line of the call; its own line is that of the first caller."""
     return eqn.replace(source_info=eqn.source_info.replace(traceback=call.source_info.traceback))
 
 
 # ------------------------------------------------------------------------------------------------ the way back
 
 
-def walk(start: Spot) -> tuple[Spot, Made | None]:
-    """Where the way back ends: at an element that an equation made of finite ones, else at one of an argument or a constant."""
-    todo, seen, ends = [start], set(), []
-    while todo:
-        spot = todo.pop()
-        key = spot.level.number, id(spot.value), spot.index
+def backtrack(start: Position) -> tuple[Position, ComputedElement | None]:
+    """The end of the way back: an element that an equation computed from finite ones, else one of an argument or a constant."""
+    pending, seen, ends = [start], set(), []
+    while pending:
+        position = pending.pop()
+        key = position.level.number, id(position.value), position.index
         if key in seen:
             continue
         seen.add(key)
-        note, k = spot.level.noted.get(id(spot.value), (None, 0))
+        note, k = position.level.noted.get(id(position.value), (None, 0))
         if note is None:
-            outer = spot.level.entry(spot.value, spot.index)
-            if outer is None:
-                ends.append(spot)
-                if np.isnan(at(spot.value, spot.index)):  # nobody means that
-                    return spot, None
+            entry = position.level.entry(position.value, position.index)
+            if entry is None:
+                ends.append(position)
+                if np.isnan(at(position.value, position.index)):  # never intended
+                    return position, None
             else:
-                todo.append(replace(outer, reader=spot.reader, nan=spot.nan))
+                pending.append(replace(entry, reader=position.reader, nan=position.nan))
             continue
-        inner = entered(note, k, spot.index)
-        if inner is not None and not np.isfinite(at(inner.value, inner.index)):
-            todo.append(replace(inner, reader=spot.reader, nan=spot.nan))
+        inside = entered(note, k, position.index)
+        if inside is not None and not np.isfinite(at(inside.value, inside.index)):
+            pending.append(replace(inside, reader=position.reader, nan=position.nan))
             continue
-        here = Made(note, k, spot.index)
-        bad = [(x, index) for x, part in here.reads() if (index := first_bad(x, part)) is not None]
+        element = ComputedElement(note, k, position.index)
+        bad = [(x, index) for x, part in element.reads() if (index := first_bad(x, part)) is not None]
         if not bad:
-            return spot, here
+            return position, element
         nans = [(x, index) for x, index in bad if np.isnan(at(x, index))]
-        nan = spot.nan or (here if np.isnan(at(spot.value, spot.index)) and not nans else None)
-        todo += [Spot(note.level, x, index, here, nan) for x, index in reversed(nans or bad)]
+        nan = position.nan or (element if np.isnan(at(position.value, position.index)) and not nans else None)
+        pending += [Position(note.level, x, index, element, nan) for x, index in reversed(nans or bad)]
     return ends[0], None
 
 
-def entered(note: Note, k: int, index: tuple[int, ...]) -> Spot | None:
-    """The element of a result where a sub-graph computes it; None for an operation, and what cannot be entered."""
+def entered(note: Note, k: int, index: tuple[int, ...]) -> Position | None:
+    """The position of the element in the sub-jaxpr that computes it; None for operations and other equations without entry."""
     eqn, values = note.eqn, note.values
     name, bodies = eqn.primitive.name, [body.jaxpr for body in subjaxprs.bodies(eqn)]
     if name in subjaxprs.CALLS and bodies:
@@ -195,44 +195,44 @@ def entered(note: Note, k: int, index: tuple[int, ...]) -> Spot | None:
 
 def _inside(
     note: Note, jaxpr: Any, values: Sequence[Any], k: int, index: tuple[int, ...], loop: str | None = None
-) -> Spot | None:
-    """The element in the one run of a sub-graph."""
-    outer = note.level
-    if id(note) not in outer.entered:
-        level = Level(note, outer.iterations, loop or outer.loop)
-        outer.entered[id(note)] = level, level.ran(jaxpr, values)
-        level.outside = lambda i, index: Spot(outer, values[i], index)
-    level, outputs = outer.entered[id(note)]
-    return Spot(level, outputs[k], index) if k < len(outputs) else None
+) -> Position | None:
+    """The position in the run of a call or a branch."""
+    outside_level = note.level
+    if id(note) not in outside_level.entered:
+        level = Level(note, outside_level.iterations, loop or outside_level.loop)
+        outside_level.entered[id(note)] = level, level.ran(jaxpr, values)
+        level.outside = lambda i, index: Position(outside_level, values[i], index)
+    level, outputs = outside_level.entered[id(note)]
+    return Position(level, outputs[k], index) if k < len(outputs) else None
 
 
-def _in_loop(note: Note, k: int, index: tuple[int, ...]) -> Spot:
-    """The element in the iteration of a loop that made it, or before the loop, where it came in with a state."""
+def _in_loop(note: Note, k: int, index: tuple[int, ...]) -> Position:
+    """The position in the iteration that computed the element, or before the loop, if it is part of an initial state."""
     if id(note) not in note.level.entered:
         note.level.entered[id(note)] = Iterations(note.eqn, note.values)
     loop = note.level.entered[id(note)]
-    outer, label = note.level, note.level.loop or note.eqn.primitive.name.replace("loop", "while")
+    outside_level, label = note.level, note.level.loop or note.eqn.primitive.name.replace("loop", "while")
 
     def of_state(j, index, stop):
         """The element of the j-th state before iteration `stop`."""
         since = loop.since(j, index, stop)
-        return Spot(outer, loop.states[j], index) if since < 0 else at_step(since, j, index)
+        return Position(outside_level, loop.states[j], index) if since < 0 else at_step(since, j, index)
 
     def at_step(step, k, index):
-        level = Level(note, (*outer.iterations, (label, loop.position(step))))
+        level = Level(note, (*outside_level.iterations, (label, loop.position(step))))
         inputs = loop.inputs(step)
         outputs = level.ran(loop.body, inputs)
 
         def outside(i, index):
             i -= len(loop.consts)
             if i < 0:
-                return Spot(outer, loop.consts[i], index)
+                return Position(outside_level, loop.consts[i], index)
             if i < len(loop.states):
                 return of_state(i, index, step)
-            return Spot(outer, loop.slices[i - len(loop.states)], (loop.position(step), *index))
+            return Position(outside_level, loop.slices[i - len(loop.states)], (loop.position(step), *index))
 
         level.outside = outside
-        return Spot(level, outputs[k], index)
+        return Position(level, outputs[k], index)
 
     if k < len(loop.states):
         return of_state(k, index, loop.length)
@@ -255,7 +255,7 @@ _all_finite = jax.jit(lambda x: jax.numpy.isfinite(x).all())
 
 
 def at(value: Any, index: Any) -> Any:
-    """A part of a value, as NumPy has it."""
+    """A part of a value, as a NumPy array."""
     return np.asarray(value)[index]
 
 

@@ -1,7 +1,7 @@
-"""What equations do not tell of themselves: lanes, and lines of derivative rules. Seen while the function is traced once more.
+"""Lanes, and lines of derivative rules: observed while the function is traced once more.
 
-An equation under `vmap` has axes of lanes among its others, and nothing says which. What the backward rule of a `jax.custom_vjp`
-function computes has the line where that function is called. Both are known to JAX only while it traces.
+An equation under `vmap` has axes of lanes, but does not say which. An equation of the backward rule of a `jax.custom_vjp`
+function has the line of the call. JAX knows both only while it traces.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from jax.tree_util import tree_flatten, tree_unflatten
 
 from ..core import _jax
 from ..core.pass_trace import Bound
-from .backtracking import Made, Note
+from .backtracking import ComputedElement, Note
 
 
-def told_by_tracing(
-    f: Callable, args: tuple, kwargs: dict, made: Made, line: str | None, is_backward: bool
+def traced_details(
+    f: Callable, args: tuple, kwargs: dict, element: ComputedElement, line: str | None, is_backward: bool
 ) -> dict[str, Any]:
-    """The lanes of an element, and the line of the rule that made it, as far as they are told: "lanes" and "line".
+    """The lanes of an element and the line of its derivative rule, where tracing shows them: "lanes" and "line".
 
     Args:
-      f, args, kwargs: the call. It is traced with its arrays unknown, and nothing is told where it needs their values.
-      line: what the element's equation has as its line. is_backward: whether a derivative rule may have made it.
+      f, args, kwargs: the call. It is traced with abstract arrays; the result is empty where it needs their values.
+      line: the line of the element's equation. is_backward: whether it may belong to a derivative rule.
     """
-    is_mapped = any(getattr(s, "name", None) == "vmap" for eqn in _around(made) for s in _jax.name_stack(eqn))
+    is_mapped = any(getattr(s, "name", None) == "vmap" for eqn in _around(element) for s in _jax.name_stack(eqn))
     if line is None or not (is_mapped or is_backward):
         return {}
-    found: list[Seen] = []
-    note = lambda seen: found.append(seen) if (seen.shape, seen.line) == (np.shape(made.value), line) else None
+    seen_values: list[Seen] = []
+    note = lambda seen: seen_values.append(seen) if (seen.shape, seen.line) == (np.shape(element.value), line) else None
     leaves, tree = tree_flatten((args, kwargs))
     arrays = [k for k, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)]
 
     def of_arrays(*values):
-        given = dict(zip(arrays, values, strict=True))
-        args, kwargs = tree_unflatten(tree, [given.get(k, x) for k, x in enumerate(leaves)])
+        by_place = dict(zip(arrays, values, strict=True))
+        args, kwargs = tree_unflatten(tree, [by_place.get(k, x) for k, x in enumerate(leaves)])
         return f(*args, **kwargs)
 
     try:
@@ -47,17 +47,17 @@ def told_by_tracing(
             jax.make_jaxpr(of_arrays)(*(leaves[k] for k in arrays))
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
         return {}
-    same = [seen for seen in found if seen.primitive is made.note.eqn.primitive]
-    axes = {seen.axes for seen in same or found if seen.axes is not None}
+    same_primitive = [seen for seen in seen_values if seen.primitive is element.note.eqn.primitive]
+    axes = {seen.axes for seen in same_primitive or seen_values if seen.axes is not None}
     axes -= {a[:k] for a in axes for k in range(len(a))}  # of an outer vmap alone
-    lines = {seen.rule_line for seen in same if seen.rule_line}
-    told = {"lanes": tuple(made.index[k] for k in next(iter(axes)))} if is_mapped and len(axes) == 1 else {}
-    return told | ({"line": next(iter(lines))} if is_backward and len(lines) == 1 else {})
+    lines = {seen.rule_line for seen in same_primitive if seen.rule_line}
+    details = {"lanes": tuple(element.index[k] for k in next(iter(axes)))} if is_mapped and len(axes) == 1 else {}
+    return details | ({"line": next(iter(lines))} if is_backward and len(lines) == 1 else {})
 
 
-def _around(made: Made) -> Iterator[Any]:
-    """The equation that made an element, and those whose sub-graphs it lies in."""
-    note: Note | None = made.note
+def _around(element: ComputedElement) -> Iterator[Any]:
+    """The equation that computed an element, and those around it."""
+    note: Note | None = element.note
     while note:
         yield note.eqn
         note = note.level.call
@@ -112,7 +112,7 @@ def _batched_shape(x: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _line_noted() -> str | None:
-    """The line that an equation has that is made now."""
+    """The line of an equation that is bound now."""
     return _jax.line_of(Bound(None, {}, _jax.current_source()))
 
 

@@ -18,9 +18,9 @@ from ..core.pass_trace import driven
 from ..core.report import Report, Result, Table
 from ..core.scope_paths import BACKWARD
 from ..core.signatures import name_of, named_leaves
-from .backtracking import Level, Made, Note, Spot, at, called_from, first_bad, walk
+from .backtracking import ComputedElement, Level, Note, Position, at, backtrack, called_from, first_bad
 from .dependencies import is_inexact
-from .lane_tracing import told_by_tracing
+from .lane_tracing import traced_details
 from .remedies import remedy
 
 MAX_SHOWN = 4  # elements of an operand
@@ -179,12 +179,12 @@ def nan_origin(f: Callable, /, *args: Any, **kwargs: Any) -> NanOrigin | None:
             return None
         path, value, index = min(bad, key=lambda entry: _kind(at(*entry[1:])) != "nan")
         arguments = list(zip(*named_leaves(args, kwargs, _jax.signature_of(f)), strict=True))
-        spot, made = walk(Spot(level, value, index))
+        position, computed = backtrack(Position(level, value, index))
         output = f"result{keystr(path)}{list(index) if index else ''}"
-        origin = _described(spot, made, arguments, name_of(f), output, _kind(at(value, index)))
-        element = made or spot.nan or spot.reader
+        origin = _described(position, computed, arguments, name_of(f), output, _kind(at(value, index)))
+        element = computed or position.nan or position.reader
         is_rule = origin.phase == "backward" and origin.derivative_of is None
-        traced = told_by_tracing(f, args, kwargs, element, origin.line, is_rule) if element else {}
+        traced = traced_details(f, args, kwargs, element, origin.line, is_rule) if element else {}
         return dataclasses.replace(origin, **traced)
 
 
@@ -192,20 +192,25 @@ def nan_origin(f: Callable, /, *args: Any, **kwargs: Any) -> NanOrigin | None:
 
 
 def _described(
-    spot: Spot, made: Made | None, arguments: Sequence[tuple[str, Any]], function: str, output: str, output_kind: str
+    position: Position,
+    computed: ComputedElement | None,
+    arguments: Sequence[tuple[str, Any]],
+    function: str,
+    output: str,
+    output_kind: str,
 ) -> NanOrigin:
     """The origin in words.
 
     Of an argument or a constant, the operation is the one that made NaN of it, or else the one that first read it.
     """
-    argument = None if made else _name(spot.value, arguments)
-    kind = _kind(at(spot.value, spot.index))
-    names = {id(x): path for path, x in arguments} | ({} if made else {id(spot.value): argument or "constant"})
+    argument = None if computed else _name(position.value, arguments)
+    kind = _kind(at(position.value, position.index))
+    names = {id(x): path for path, x in arguments} | ({} if computed else {id(position.value): argument or "constant"})
     named = lambda value, part: Elements.of(value, part, names.get(id(value)))
-    element = made or spot.nan or spot.reader
+    element = computed or position.nan or position.reader
     call = dict(argument=argument, function=function, output=output, output_kind=output_kind)
     if element is None:
-        result = named(spot.value, spot.index)
+        result = named(position.value, position.index)
         nothing = dict.fromkeys(("primitive", "line", "derivative_of", "lanes", "then", "remedy"))
         return NanOrigin(
             kind=kind, operands=(), result=result, phase="forward", scope="", iterations=(), **nothing, **call
@@ -215,7 +220,7 @@ def _described(
     path, forward = level.path_of(note.eqn), _forward_of(note)
     operands, result = tuple(named(*x) for x in element.reads()), named(element.value, element.index)
     of = forward.primitive.name if forward else None
-    nan = spot.nan if made else None  # the operation that made NaN of the infinity
+    nan = position.nan if computed else None  # the operation that made NaN of the infinity
     return NanOrigin(
         kind=kind if argument else _kind(at(element.value, element.index)),
         primitive=primitive,
