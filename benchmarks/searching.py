@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from funcgrad.transforms.remat.candidates import Call, Config
 from funcgrad.transforms.remat.planner import Planner
-from funcgrad.transforms.remat.search import Search, everything
-from funcgrad.transforms.remat.simulation import Choice
+from funcgrad.transforms.remat.policy import Policy
+from funcgrad.transforms.remat.saved_set import Search, everything
 from funcgrad.transforms.while_loops.schedule import Loops
 
 from tests import trainings
@@ -37,7 +37,7 @@ def measured(depth: int, parts: tuple[float, ...], rounds: int) -> list[dict[str
     options = dict(argnums=0, has_aux=False, holomorphic=False)
     call = Call(tree, [None] * len(leaves), [True] * len(leaves))
     joint = Planner(jax.value_and_grad, loss, call, leaves, options, None).trace(Config((), Loops())).joint
-    whole = Search(joint).simulate(Choice(everything(joint)), 0).peak
+    whole = Search(joint).simulate(Policy(everything(joint)), 0).peak
     rows = []
     for part in parts:
         times_s = []

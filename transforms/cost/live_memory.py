@@ -1,8 +1,8 @@
-"""`Timeline`: how many bytes are alive while a program runs, equation by equation, and what they are at the peak.
+"""`Timeline`: the live bytes of a program at each of its equations, and the values that are alive at the peak.
 
-The model is a program that runs in the order of its equations and keeps each value from the equation that makes it to the last
-one that reads it. Arguments stay, as they belong to the caller; results stay to the end. What gives a value another shape shares
-its memory. A loop holds its slices, its carry twice, and what its body holds. Nothing is fused: a backend that fuses holds less.
+The model is a program that runs in the order of its equations and keeps each value from the equation that computes it to the
+last one that reads it. Arguments stay, because they belong to the caller; results stay to the end. A reshape shares memory. A
+loop holds its slices, two copies of its carry, and the values of its body. Nothing is fused: a backend that fuses needs less.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .inlining import InlinedEqn, Value
 
 
 class Moment(NamedTuple):
-    """While an equation runs: the bytes that are alive, and its scope, primitive and source line."""
+    """The live bytes while an equation runs, and its scope, primitive and source line."""
 
     live_bytes: int
     scope: str
@@ -31,10 +31,10 @@ class Owner:
     """A value that is alive at the peak.
 
     Attributes:
-      path: an argument's path, as "params['w']"; "constant"; or the "scope/primitive" that made it.
+      path: of an argument, as "params['w']"; "constant"; or the "scope/primitive" that computes it.
       type: as "f32[8,128]".
       bytes: its size; of all shards, inside a `shard_map`.
-      line: the user's line that made it; None for an argument.
+      line: the user's line that computes it; None for an argument.
     """
 
     path: str
@@ -45,12 +45,12 @@ class Owner:
 
 @dataclass(frozen=True, repr=False)
 class Timeline(Result):
-    """The live bytes of a program over its equations. Its text shows the curve, and what is alive at the peak.
+    """The live bytes of a program over its equations. Its text shows the curve, and the values alive at the peak.
 
     Attributes:
-      live_bytes: one number per equation in the order in which they run, those of a loop's body once.
-      peak: the moment of the most live bytes; `peak_at` is its place among them.
-      owners: what is alive then, the largest first.
+      live_bytes: one number per equation, in the order in which they run; the body of a loop counts once.
+      peak: the moment of the most live bytes; `peak_at` is its index.
+      owners: the values that are alive at the peak, the largest first.
       argument_bytes: of the arguments and constants, which are alive throughout.
     """
 
@@ -90,19 +90,15 @@ def simulated(inputs: Sequence[Value], steps: Sequence[InlinedEqn], outputs: Seq
     at = max(range(len(moments)), key=lambda k: moments[k][0])
     live_bytes, step, chain = moments[at]
     owners = [_owner(v, run.copies) for run, k in chain for v in run.alive(k) if v.bytes]
-    owners += [_inside(run.steps[k]) for run, k in chain if run.steps and run.steps[k].kept_bytes]
+    owners += [_checkpoints(run.steps[k]) for run, k in chain if run.steps and run.steps[k].kept_bytes]
     owners.sort(key=lambda o: -o.bytes)
-    peak = Moment(
-        live_bytes,
-        "/".join(step.path) if step else "",
-        step.eqn.primitive.name if step else "",
-        _jax.line_of(step.eqn) if step else None,
-    )
+    where = ("/".join(step.path), step.eqn.primitive.name, _jax.line_of(step.eqn)) if step else ("", "", None)
+    peak = Moment(live_bytes, *where)
     return Timeline(tuple(m[0] for m in moments), at, peak, tuple(owners), argument_bytes)
 
 
 class _Run:
-    """Steps that run one after the other, and when their values are alive."""
+    """Steps that run one after the other, and the lifetimes of their values."""
 
     def __init__(
         self,
@@ -113,15 +109,15 @@ class _Run:
         copies: int,
     ):
         self.steps, self.inputs, self.copies = steps, inputs, copies
-        self.born = dict.fromkeys(inputs, 0)
-        for k, step in enumerate(steps):
-            self.born.update((v, k) for v in step.makes if v not in shared)
-        self.last = dict(self.born)
-        for k, step in enumerate(steps):
-            self.last.update((v, k) for v in step.reads if v in self.born)
-        self.last.update((v, len(steps)) for v in (*outputs, *inputs) if v in self.born)
+        results = {v: k for k, step in enumerate(steps) for v in step.makes if v not in shared}
+        self.born = dict.fromkeys(inputs, 0) | results
+        reads = {v: k for k, step in enumerate(steps) for v in step.reads} | dict.fromkeys(
+            [*outputs, *inputs], len(steps)
+        )
+        self.last = {v: reads.get(v, k) for v, k in self.born.items()}
 
     def alive(self, k: int) -> list[Value]:
+        """The values that are alive while step k runs."""
         return [v for v, born in self.born.items() if born <= k <= self.last[v]]
 
 
@@ -129,7 +125,7 @@ _Chain = tuple[tuple[_Run, int], ...]
 
 
 def _simulate(run: _Run, base: int, chain: _Chain, moments: list[tuple[int, InlinedEqn | None, _Chain]]) -> None:
-    """Append the moments of a run, which come on top of `base` bytes."""
+    """Append the moments of a run, on top of `base` bytes. Invariant: `live` has the values alive at step k, and `base`."""
     begin, end = [0] * (len(run.steps) + 1), [0] * (len(run.steps) + 2)
     for v, k in run.born.items():
         begin[k] += v.bytes * run.copies
@@ -137,11 +133,11 @@ def _simulate(run: _Run, base: int, chain: _Chain, moments: list[tuple[int, Inli
     live = base
     for k, step in enumerate(run.steps):
         live += begin[k] - end[k]
-        here = (*chain, (run, k))
-        moments.append((live + step.kept_bytes, step, here))
+        step_chain = (*chain, (run, k))
+        moments.append((live + step.kept_bytes, step, step_chain))
         for body in step.bodies:
-            inner = _Run(body.steps, body.outputs, body.slices, body.shared, run.copies * body.copies)
-            _simulate(inner, live + step.kept_bytes, here, moments)
+            body_run = _Run(body.steps, body.outputs, body.slices, body.shared, run.copies * body.copies)
+            _simulate(body_run, live + step.kept_bytes, step_chain, moments)
 
 
 def _owner(v: Value, copies: int) -> Owner:
@@ -151,8 +147,8 @@ def _owner(v: Value, copies: int) -> Owner:
     return Owner("/".join((*v.path, v.maker.primitive.name)), kind, v.bytes * copies, _jax.line_of(v.maker))
 
 
-def _inside(step: InlinedEqn) -> Owner:
-    """What a loop keeps for its own way back."""
+def _checkpoints(step: InlinedEqn) -> Owner:
+    """The checkpoints of a loop for its reversal."""
     return Owner(
         "/".join((*step.path, step.eqn.primitive.name)), "checkpoints", step.kept_bytes, _jax.line_of(step.eqn)
     )
@@ -162,7 +158,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def _curve(values: Sequence[int], width: int = 72) -> str:
-    """The largest of the values in each of some columns, as a line of bars."""
+    """A line of bars: the largest value of each column."""
     width = min(width, len(values))
     columns = [
         max(values[k * len(values) // width : max((k + 1) * len(values) // width, k * len(values) // width + 1)])

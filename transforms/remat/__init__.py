@@ -1,6 +1,7 @@
-"""Gradients within a memory budget: what is kept for the backward pass, and what is computed again.
+"""Gradients within a memory budget: a policy decides which values are saved for the backward pass, and which are recomputed.
 
-Read `joint` (a gradient as one program of two parts), `nominal` (what computing and keeping are weighed by), `search` (which
-values to keep), `emission` (the program that follows), `scans` (the same for the steps of a scan), `programs` (what is
-planned with), `planning` (compile, measure, keep the cheapest that fits), `plans` (what users see).
+Files, in reading order: `joint` (a gradient as one program of two parts), `device_model` (the rates that weigh recomputation
+against memory), `policy` (a policy, and its simulated peak and seconds), `saved_set` (the search for a policy), `program` (the
+program under a policy), `scan_bodies` (policies for the steps of a scan), `candidates` (the data of a planner), `planner`
+(compile, measure, keep the cheapest program that fits), `plan` (the public functions).
 """

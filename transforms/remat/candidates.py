@@ -1,4 +1,4 @@
-"""What a budget is planned with: a call, the joint programs of its configurations, proposals, and what was compiled of them."""
+"""The data of a planner: calls, traced gradients, proposals, and compiled candidates."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from jax.tree_util import tree_unflatten
 
 from ..while_loops.schedule import Loops
 from .joint import Joint
-from .scan_bodies import Option
-from .search import Search
-from .simulation import Choice
+from .policy import Policy
+from .saved_set import Search
+from .scan_bodies import ScanPolicy
 
 
 class Config(NamedTuple):
-    """What is decided before the function is differentiated: an option for each scan, and how `while` loops run."""
+    """What is fixed before the function is differentiated: a policy for each scan, and how `while` loops run."""
 
-    scans: tuple[Option, ...]
+    scans: tuple[ScanPolicy, ...]
     loops: Loops
 
 
 class Call(NamedTuple):
-    """A call: the tree of (args, kwargs), the leaves that are static, and which leaves are traced."""
+    """A call: the tree of (args, kwargs), its static leaves, and which leaves are traced."""
 
     tree: Any
     static: list[Any]
     is_traced: list[bool]
 
     def arguments(self, values: Sequence[Any]) -> tuple[tuple, dict]:
-        """The arguments with `values` as what is traced."""
-        given = iter(values)
-        leaves = [next(given) if ok else x for x, ok in zip(self.static, self.is_traced, strict=True)]
+        """The arguments, with `values` as the traced leaves."""
+        traced = iter(values)
+        leaves = [next(traced) if ok else x for x, ok in zip(self.static, self.is_traced, strict=True)]
         return tree_unflatten(self.tree, leaves)
 
     def values(self, args: tuple, kwargs: dict) -> list[Any]:
-        """What is traced, of such arguments."""
+        """The traced leaves of arguments."""
         leaves = self.tree.flatten_up_to((args, kwargs))
         return [x for x, ok in zip(leaves, self.is_traced, strict=True) if ok]
 
 
 @dataclass(frozen=True, eq=False)
-class Traced:
+class TracedGradient:
     """The joint program of a configuration.
 
-    `tree` is that of its results, `constants` are those of its leaves that no program returns: gradients of integers.
+    `tree` is that of its results. `constants` has the leaves that no program returns, gradients of integers, and None for others.
     """
 
     config: Config
@@ -56,38 +56,29 @@ class Traced:
 
 
 class Proposal(NamedTuple):
-    """What may be compiled, with its seconds and bytes as simulated; see `Candidate`."""
+    """A program to compile.
 
-    traced: Traced
-    choice: Choice | None
+    Attributes:
+      traced, policy: the gradient, and what it saves and retains; without a policy, the program as it was traced.
+      seconds: of recomputation and allocation, by the device model.
+      bytes: of its temporaries, as simulated.
+    """
+
+    traced: TracedGradient
+    policy: Policy | None
     seconds: float
     bytes: int
 
     @property
-    def key(self) -> tuple[Config, Choice | None]:
+    def key(self) -> tuple[Config, Policy | None]:
         """Equal for equal programs of one planner."""
-        return self.traced.config, self.choice
+        return self.traced.config, self.policy
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A program for a budget.
+    """A proposal that was compiled: the bytes of its temporaries by XLA, and the jitted function of the joint's inputs."""
 
-    Attributes:
-      traced, choice: what is computed again; without a choice, nothing.
-      seconds: of what is computed again, and to have the memory, on the nominal machine.
-      predicted_bytes, bytes: of its temporaries, as simulated and of the compiled program.
-      program: the jitted function of the joint's inputs.
-    """
-
-    traced: Traced
-    choice: Choice | None
-    seconds: float
-    predicted_bytes: int
+    proposal: Proposal
     bytes: int
     program: Callable
-
-    @property
-    def key(self) -> tuple[Config, Choice | None]:
-        """Equal for equal programs of one planner."""
-        return self.traced.config, self.choice

@@ -1,4 +1,4 @@
-"""Nominal machines: by what a plan weighs computing again against keeping, so that it does not depend on a measurement."""
+"""Device models: the fixed rates that weigh recomputation against memory, so that a plan depends on no measurement."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import NamedTuple
 from ..cost.operations import Work
 
 
-class Nominal(NamedTuple):
-    """What a machine does in a second.
+class DeviceModel(NamedTuple):
+    """The rates of a device, per second.
 
     Attributes:
       flops, transcendentals: operations.
-      bytes: read or written; `cached_bytes` of what is no larger than `cache`.
-      new_bytes: of the temporaries of a call, from `held` bytes on. On CPU, XLA asks for all of them at once and at each call;
-        from 32 MiB on glibc takes them from the system (mallopt(3), M_MMAP_THRESHOLD), which clears them page by page: this is
-        slower than all else that is done with them. On GPU they are taken once.
-      stacked: how often what a step of a scan keeps is moved. It is written and read; on GPU it is copied into and out of the
-        stack, too.
-      is_fusing: whether what a barrier in the body of a loop hands on costs time, as it keeps apart what else were one kernel. On
-        CPU it does not show.
+      bytes: bytes read or written; `cached_bytes` is the rate for data of at most `cache` bytes.
+      new_bytes: allocated bytes of temporaries, from `mmap_bytes` on. On CPU, XLA allocates all temporaries in one block at
+        each call. From 32 MiB on, glibc gets the block from the system (mallopt(3), M_MMAP_THRESHOLD), which clears it page by
+        page: this is slower than any other access to it. On GPU, memory is allocated once.
+      stack_transfers: transfers of a value that a scan stacks. It is written and read; on GPU it is also copied into and out
+        of the stack.
+      is_fusing: whether a barrier in the body of a loop costs time, because it splits a kernel. On CPU this is not measurable.
       loop_s: the seconds to enter a loop.
     """
 
@@ -29,27 +28,27 @@ class Nominal(NamedTuple):
     cached_bytes: float
     cache: int
     new_bytes: float
-    held: int
-    stacked: int
+    mmap_bytes: int
+    stack_transfers: int
     is_fusing: bool
     loop_s: float
 
     def seconds(self, work: Work) -> float:
-        """The roofline, transcendentals counted."""
+        """The time by the roofline model (Williams et al. 2009, doi:10.1145/1498765.1498785), with transcendentals."""
         compute = work.flops / self.flops + work.transcendentals / self.transcendentals
-        return max(compute, self.moved(work.bytes, work.bytes))
+        return max(compute, self.transfer_s(work.bytes, work.bytes))
 
-    def taken(self, count: float) -> float:
-        """The seconds to have so many bytes of temporaries for a call."""
-        return count / self.new_bytes if count >= self.held else 0.0
+    def allocation_s(self, size: float) -> float:
+        """The seconds to allocate `size` bytes of temporaries for a call."""
+        return size / self.new_bytes if size >= self.mmap_bytes else 0.0
 
-    def moved(self, count: float, together: float) -> float:
-        """The seconds to read or write `count` bytes, where so many are in use together."""
-        return count / (self.cached_bytes if together <= self.cache else self.bytes)
+    def transfer_s(self, size: float, in_use: float) -> float:
+        """The seconds to read or write `size` bytes, while `in_use` bytes are accessed together."""
+        return size / (self.cached_bytes if in_use <= self.cache else self.bytes)
 
 
-NOMINAL = {
-    "cpu": Nominal(6e10, 6e9, 1e10, 1e11, 2**20, 2e9, 2**25, 2, False, 2e-5),
-    # Of an H200, with products of float32 as precise as they are by default there.
-    "gpu": Nominal(4e14, 3e12, 3.5e12, 7e12, 2**24, float("inf"), 0, 4, True, 2e-5),
+DEVICE_MODELS = {
+    "cpu": DeviceModel(6e10, 6e9, 1e10, 1e11, 2**20, 2e9, 2**25, 2, False, 2e-5),
+    # An H200, with float32 products at the default precision.
+    "gpu": DeviceModel(4e14, 3e12, 3.5e12, 7e12, 2**24, float("inf"), 0, 4, True, 2e-5),
 }

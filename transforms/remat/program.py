@@ -1,8 +1,9 @@
-"""The program of a choice: the forward part, and stage by stage what is computed again and what reads it.
+"""`Program`: the forward and the backward part under a policy, with recomputation stage by stage.
 
-Each stage that computes something again begins with one `optimization_barrier` over what it starts from, what is kept for it,
-and all cotangents that are alive. So XLA can neither take the values of the forward part for those of the stage, nor
-begin with the stage before the one before it has ended.
+Each stage that recomputes something begins with one `optimization_barrier` over the sources of the recomputation, the saved
+values that it reads, and all live cotangents. So XLA can neither merge the recomputed values with those of the forward part
+(common-subexpression elimination), nor start the stage before the previous one has ended. One barrier per recomputed value does
+not hold: XLA's CPU compiler drops barriers before it schedules.
 """
 
 from __future__ import annotations
@@ -15,31 +16,34 @@ import jax
 from jax import lax
 
 from ..core import _jax
-from .joint import SEAM, Joint, mark_of, variables
-from .simulation import Choice
+from .joint import COTANGENT, Joint, mark_of, variables
+from .policy import Policy
 
-AGAIN = "rematted_computation"  # JAX's own name for the scope of what is computed again
+RECOMPUTED = "rematted_computation"  # JAX's own name for the scope of recomputed equations
 
 
-class Emission:
+class Program:
     """The two parts of a joint program, as functions of flat values, under the current trace.
 
     Args:
-      joint, choice: the program, and what is kept.
+      joint, policy: the program, and what it saves and retains.
       late: outputs that the backward part returns, also where no cotangent reaches them.
     """
 
-    def __init__(self, joint: Joint, choice: Choice, late: Sequence[Any] = ()):
-        self.joint, self.choice = joint, choice
-        self.maker = {v: eqn for eqn in joint.eqns[: joint.split] for v in eqn.outvars}
-        self.made = {v for eqn in joint.eqns[joint.split :] for v in eqn.outvars}
-        saved = [v for v, k in joint.node_of.items() if k in choice.saved]
-        self.held = {v for v, k in joint.node_of.items() if choice.held is None or k in choice.held}
+    def __init__(self, joint: Joint, policy: Policy, late: Sequence[Any] = ()):
+        self.joint, self.policy = joint, policy
+        self.forward_eqns, self.backward_eqns = joint.eqns[: joint.split], joint.eqns[joint.split :]
+        self.eqn_of = {v: eqn for eqn in self.forward_eqns for v in eqn.outvars}
+        saved = [v for v, k in joint.node_of.items() if k in policy.saved]
+        self.retained = {v for v, k in joint.node_of.items() if policy.retained is None or k in policy.retained}
         self.late = {v for v in variables(late) if v in joint.sources}
-        reads = self._ordered(self._read_by(joint.eqns[joint.split :]) | self.late, saved)
-        self.read = self._read_by([*joint.eqns[joint.split :], *reads]) | self.late
-        self.saved = [v for v in saved if v in self.read]  # of nodes with several results only those that are read
-        self.results = [v for v in variables(joint.outvars) if v not in self.made and v not in self.late]
+        recomputed = self._ancestors(self._forward_operands(self.backward_eqns) | self.late, saved)
+        self.operands = self._forward_operands([*self.backward_eqns, *recomputed]) | self.late
+        self.saved = [
+            v for v in saved if v in self.operands
+        ]  # of a node with several results, only those that are read
+        backward_outvars = {v for eqn in self.backward_eqns for v in eqn.outvars}
+        self.results = [v for v in variables(joint.outvars) if v not in backward_outvars and v not in self.late]
 
     def whole(self, values: Sequence[Any]) -> list[Any]:
         """The outputs for all inputs."""
@@ -49,61 +53,61 @@ class Emission:
         return [read(env, v) for v in self.joint.outvars]
 
     def forward(self, env: dict[Any, Any]) -> None:
-        """Add to the inputs in `env` the results, and what is saved."""
+        """Add the results and the saved values to the inputs in `env`."""
         for eqn in self._forward():
             _bind(eqn, env)
 
     def _forward(self) -> list[Any]:
-        with_effects = [eqn for eqn in self.joint.eqns[: self.joint.split] if eqn.effects]
-        return self._ordered([*self.results, *self.saved], {*self.joint.inputs}, with_effects)
+        with_effects = [eqn for eqn in self.forward_eqns if eqn.effects]
+        return self._ancestors([*self.results, *self.saved], (), with_effects)
 
-    def backward(self, known: dict[Any, Any]) -> dict[Any, Any]:
-        """What the backward part makes of the inputs that it reads, cotangents among them, and what is saved."""
-        made: dict[Any, Any] = {}
-        done = {id(eqn) for eqn in self._forward()}
-        last = {v: k for k, eqn in enumerate(self.joint.eqns[self.joint.split :]) for v in variables(eqn.invars)}
-        for stage in self.choice.stages(self.joint):
-            eqns = self.joint.eqns[self.joint.split + stage.start : self.joint.split + stage.stop]
-            wanted = self._read_by(eqns)
-            again = self._ordered(wanted, known)
-            env = dict(known)
-            if again:
-                entering = (wanted | self._read_by(again)) & known.keys()
-                live = [v for v in made if last.get(v, -1) >= stage.start]
-                tied = [v for v in (*sorted(entering, key=self.joint.order.__getitem__), *live) if _is_tied(v.aval)]
-                values = lax.optimization_barrier([made[v] if v in made else known[v] for v in tied])
+    def backward(self, forward_values: dict[Any, Any]) -> dict[Any, Any]:
+        """The results of the backward part, from the inputs that it reads, cotangents among them, and the saved values."""
+        cotangents: dict[Any, Any] = {}
+        computed = {id(eqn) for eqn in self._forward()}
+        last = {v: k for k, eqn in enumerate(self.backward_eqns) for v in variables(eqn.invars)}
+        # Invariant: before each stage, `forward_values` has the inputs, and the values that are saved or retained so far.
+        for stage in self.policy.stages(self.joint):
+            eqns = self.backward_eqns[stage.start : stage.stop]
+            targets = self._forward_operands(eqns)
+            recomputed = self._ancestors(targets, forward_values)
+            env = dict(forward_values)
+            if recomputed:
+                entering = (targets | self._forward_operands(recomputed)) & forward_values.keys()
+                live = [v for v in cotangents if last.get(v, -1) >= stage.start]
+                ordered = sorted(entering, key=self.joint.order.__getitem__)
+                tied = [v for v in (*ordered, *live) if _is_tied(v.aval)]
+                values = lax.optimization_barrier([cotangents[v] if v in cotangents else env[v] for v in tied])
                 for v, x in zip(tied, values, strict=True):
-                    (made if v in made else known)[v] = x
-                env = dict(known)
-                for eqn in again:
-                    with jax.named_scope(AGAIN) if id(eqn) in done else nullcontext():
+                    (cotangents if v in cotangents else forward_values)[v] = x
+                env = dict(forward_values)
+                for eqn in recomputed:
+                    with jax.named_scope(RECOMPUTED) if id(eqn) in computed else nullcontext():
                         _bind(eqn, env)
-                done.update(map(id, again))
-                known.update((v, env[v]) for eqn in again for v in eqn.outvars if v in self.held)
-            env |= made
+                computed.update(map(id, recomputed))
+                forward_values.update((v, env[v]) for eqn in recomputed for v in eqn.outvars if v in self.retained)
+            env |= cotangents
             for eqn in eqns:
                 _bind(eqn, env)
-                made.update((v, env[v]) for v in eqn.outvars)
-        env = dict(known)
-        for eqn in self._ordered(self.late, known):
-            _bind(eqn, env)
-        return made | {v: env[v] for v in self.late}
+                cotangents.update((v, env[v]) for v in eqn.outvars)
+        for eqn in self._ancestors(self.late, forward_values):
+            _bind(eqn, forward_values)
+        return cotangents | {v: forward_values[v] for v in self.late}
 
-    def _read_by(self, eqns: Sequence[Any]) -> set[Any]:
-        """What equations read of the forward part."""
+    def _forward_operands(self, eqns: Sequence[Any]) -> set[Any]:
+        """The operands of equations that are inputs or come from the forward part."""
         return {v for eqn in eqns for v in variables(eqn.invars) if v in self.joint.sources}
 
-    def _ordered(self, wanted: Iterable[Any], known: Container[Any], also: Sequence[Any] = ()) -> list[Any]:
-        """The equations of the forward part that compute `wanted` from what is known, in program order."""
-        found, todo = {id(eqn) for eqn in also}, [*wanted, *(v for eqn in also for v in variables(eqn.invars))]
-        while todo:
-            v = todo.pop()
-            eqn = self.maker.get(v)
-            if v in known or eqn is None or id(eqn) in found:
-                continue
-            found.add(id(eqn))
-            todo += variables(eqn.invars)
-        return [eqn for eqn in self.joint.eqns[: self.joint.split] if id(eqn) in found]
+    def _ancestors(self, targets: Iterable[Any], available: Container[Any], also: Sequence[Any] = ()) -> list[Any]:
+        """The equations that compute `targets` from available variables, and `also` with theirs, in program order."""
+        needed, pending = {id(eqn) for eqn in also}, [*targets, *(v for eqn in also for v in variables(eqn.invars))]
+        while pending:  # invariant: `needed` has the equation of every target and operand that is not pending
+            v = pending.pop()
+            eqn = self.eqn_of.get(v)
+            if v not in available and eqn is not None and id(eqn) not in needed:
+                needed.add(id(eqn))
+                pending += variables(eqn.invars)
+        return [eqn for eqn in self.forward_eqns if id(eqn) in needed]
 
 
 def read(env: dict[Any, Any], atom: Any) -> Any:
@@ -113,7 +117,7 @@ def read(env: dict[Any, Any], atom: Any) -> Any:
 
 def _bind(eqn: Any, env: dict[Any, Any]) -> None:
     values = [read(env, v) for v in eqn.invars]
-    if mark_of(eqn) == SEAM:
+    if mark_of(eqn) == COTANGENT:
         outputs = values
     else:
         with _jax.context_of(eqn):
@@ -122,5 +126,5 @@ def _bind(eqn: Any, env: dict[Any, Any]) -> None:
 
 
 def _is_tied(aval: Any) -> bool:
-    """Whether a barrier takes such a value; keys, tokens and references go around it."""
+    """Whether a barrier takes such a value. Keys, tokens and references pass by it."""
     return _jax.is_array(aval) and not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)

@@ -171,7 +171,7 @@ def test_a_budget_out_of_reach_is_refused_after_few_compiles():
 def test_a_budget_that_was_refused_gets_a_program_that_another_budget_had_compiled():
     planner, _ = planner_of(scanned, W, X)
     more, less = 0.7 * planner.default.bytes, 0.6 * planner.default.bytes
-    with mock.patch.object(Planner, "_found", return_value=None):
+    with mock.patch.object(Planner, "_planned", return_value=None):
         assert planner.within_budget(more) is None
     assert planner.within_budget(less).bytes <= less
     assert planner.within_budget(more).bytes <= more
@@ -231,7 +231,9 @@ def test_aux_that_is_no_pair():
 
 
 def test_aux_that_is_no_array():
-    with pytest.raises(fg.ArgumentError, match="returned str, which is no array: with memory= it is traced"):
+    with pytest.raises(
+        fg.ArgumentError, match="returned str, which is not an array: with memory=, the function is traced"
+    ):
         fg.grad(lambda x: (x * 2, "text"), has_aux=True, memory="50%")(1.0)
 
 
@@ -241,7 +243,7 @@ def test_values_are_not_known():
 
 
 def test_arguments_that_cannot_be_hashed():
-    with pytest.raises(fg.ArgumentError, match="arrays and what has a hash, not set"):
+    with pytest.raises(fg.ArgumentError, match="arrays and hashable arguments, not set"):
         fg.grad(lambda x, s: x, memory="50%")(1.0, {1})
 
 
@@ -279,7 +281,7 @@ def test_what_shard_map_holds_is_named_where_nothing_fits():
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     f = jax.shard_map(lambda w, x: lax.pmean(scanned(w, x), "d"), mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
     with pytest.raises(
-        fg.BudgetError, match=r"shard_map holds is kept or computed again as a whole: jax\.checkpoint inside"
+        fg.BudgetError, match=r"a shard_map is saved or recomputed as a whole: use jax\.checkpoint inside"
     ):
         fg.grad(f, memory="50%")(W, X)
 

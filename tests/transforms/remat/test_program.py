@@ -373,7 +373,7 @@ def test_shard_map_inside(mesh):
 
 
 def test_named_axes_outside_are_refused(mesh):
-    message = "cannot be compiled inside of what maps it over 'i'"
+    message = "cannot be compiled inside a function that is mapped over 'i'"
     f = lambda w, x: lax.psum(fg.grad(loss, memory="90%")(w, x), "i")
     with pytest.raises(fg.OptionError, match=message):
         jax.shard_map(f, mesh=mesh, in_specs=(P(), P("i")), out_specs=P())(W, X)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from funcgrad.transforms.remat import plan, search, simulation
+from funcgrad.transforms.remat import plan, policy, saved_set
 from funcgrad.transforms.remat.candidates import Config, Proposal
-from funcgrad.transforms.remat.scan_bodies import Option
+from funcgrad.transforms.remat.scan_bodies import ScanPolicy
 from funcgrad.transforms.while_loops.schedule import Loops
 from jax import lax
 from jax.sharding import NamedSharding
@@ -225,11 +225,11 @@ def assert_all_options(f, most):
     """Up to `most` options of the scans of `f`, the others of the program recomputed."""
     want = jax.jit(jax.value_and_grad(f, (0, 1)))(W, XS)
     planner, values = planner_of(f, (W, XS), argnums=(0, 1))
-    options = [s.options for s in planner.scans.values()]
+    options = [s.policies for s in planner.scans.values()]
     longest = max(map(len, options), default=1)
     for k in sorted({round(k) for k in np.linspace(0, longest - 1, most)}):
         traced = planner.trace(Config(tuple(o[min(k, len(o) - 1)] for o in options), Loops()))
-        candidate = planner._compiled(Proposal(traced, simulation.Choice(search.pinned(traced.joint)), 0.0, 0))
+        candidate = planner._compiled(Proposal(traced, policy.Policy(saved_set.pinned(traced.joint)), 0.0, 0))
         assert_close_values(planner.run(candidate, values), want)
 
 
@@ -266,9 +266,9 @@ def in_segments(f, args, lengths, saved, is_staged=True):
     """The value and gradients of `f`, whose only scan keeps these nodes, None for all, in segments of these lengths."""
     planner, _ = planner_of(f, args, argnums=(0, 1))
     (only,) = planner.scans.values()
-    choice = simulation.Choice(search.everything(only.joint) if saved is None else saved, is_staged=is_staged)
+    choice = policy.Policy(saved_set.everything(only.joint) if saved is None else saved, is_staged=is_staged)
     candidate = planner._compiled(
-        Proposal(planner.trace(Config((Option(choice, lengths, 0, 0),), Loops())), None, 0.0, 0)
+        Proposal(planner.trace(Config((ScanPolicy(choice, lengths, 0, 0),), Loops())), None, 0.0, 0)
     )
     return lambda *values: planner.run(candidate, values)
 
@@ -336,14 +336,14 @@ def assert_any_choice(f, args, options_of_grad, rounds=4):
     draw = random.Random(0)
     want = jax.jit(fg.value_and_grad(f, **options_of_grad))(*args)
     planner, values = planner_of(f, args, **options_of_grad)
-    scans = [s.options for s in planner.scans.values()]
+    scans = [s.policies for s in planner.scans.values()]
     for k in range(rounds):
         chosen = tuple(draw.choice(o) for o in scans)
         traced = planner.trace(Config(chosen if k else (), Loops(*draw.choice([(1, 1), (4, 2), (32, 16)]))))
         nodes = range(len(traced.joint.nodes))
-        saved = {v for v in nodes if draw.random() < (0, 0.5, 0.9, 0.2)[k]} | search.pinned(traced.joint)
+        saved = {v for v in nodes if draw.random() < (0, 0.5, 0.9, 0.2)[k]} | saved_set.pinned(traced.joint)
         held = frozenset(v for v in nodes if draw.random() < 0.5) if k % 2 else None
-        choice = simulation.Choice(frozenset(saved), held, is_staged=draw.random() < 0.7)
+        choice = policy.Policy(frozenset(saved), held, is_staged=draw.random() < 0.7)
         candidate = planner._compiled(Proposal(traced, choice, 0.0, 0))
         got = planner.run(candidate, values)
         shapes = lambda tree: jax.tree.map(lambda x: x.shape if x.dtype == jax.dtypes.float0 else x, tree)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from funcgrad.transforms.cost.backends import BACKENDS
-from funcgrad.transforms.remat import joint, plan, search, simulation
+from funcgrad.transforms.remat import joint, plan, policy, saved_set
 from funcgrad.transforms.remat.candidates import Config, Proposal
-from funcgrad.transforms.remat.device_model import NOMINAL
+from funcgrad.transforms.remat.device_model import DEVICE_MODELS
 from funcgrad.transforms.remat.scan_bodies import Scan
 from funcgrad.transforms.while_loops.schedule import Loops
 from jax import lax
@@ -49,7 +49,7 @@ def passing(x):
 @unrolled
 def test_what_is_read_on_the_way_alone_is_not_counted_together():
     planner, traced = searched(passing, NARROW)
-    choice = simulation.Choice(search.pinned(traced.joint))
+    choice = policy.Policy(saved_set.pinned(traced.joint))
     outcome = traced.search.simulate(choice, 0)
     assert INNER < outcome.peak < 2 * INNER
     candidate = planner._compiled(Proposal(traced, choice, outcome.seconds, outcome.peak))
@@ -99,13 +99,13 @@ def test_some_of_what_is_computed_again_is_held():
     loss, args = resnet(depth=6, channels=16, size=16, batch=16)
     _, traced = searched(loss, *args)
     results = traced.search
-    budget = 0.95 * min(results.simulate(s, 0).peak for s in results.starts if s.held is None)
+    budget = 0.95 * min(results.simulate(s, 0).peak for s in results.starts if s.retained is None)
     choice, outcome = results.best(budget)
     assert outcome.peak <= budget
-    assert choice.held
-    extremes = [results.refilled(s, budget) for s in results.starts if s.held == frozenset()]
+    assert choice.retained
+    extremes = [results.refilled(s, budget) for s in results.starts if s.retained == frozenset()]
     nothing = [
-        o.seconds for s in extremes if (o := results.simulate(s._replace(held=frozenset()), budget)).peak <= budget
+        o.seconds for s in extremes if (o := results.simulate(s._replace(retained=frozenset()), budget)).peak <= budget
     ]
     assert outcome.seconds < 0.5 * min(nothing)
 
@@ -113,7 +113,7 @@ def test_some_of_what_is_computed_again_is_held():
 def test_a_smaller_budget_never_gets_a_cheaper_choice():
     loss, args = resnet(depth=4, channels=8, size=8, batch=4)
     _, traced = searched(loss, *args)
-    whole = traced.search.simulate(simulation.Choice(search.everything(traced.joint)), 0).peak
+    whole = traced.search.simulate(policy.Policy(saved_set.everything(traced.joint)), 0).peak
     results = [traced.search.best(part * whole) for part in np.linspace(0.2, 1, 9)]
     seconds = [outcome.seconds for _, outcome in filter(None, results)]
     assert len(seconds) > 4
@@ -132,12 +132,12 @@ def test_a_mask_of_what_has_memory_needs_none(f):
     jaxpr = jax.make_jaxpr(program)(jnp.ones((64, 64)), jnp.ones((64, 64))).jaxpr
     masks = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "gt"]
     assert masks
-    assert not joint._with_memory(jaxpr, BACKENDS["gpu"]) & set(map(id, masks))
+    assert not joint._buffered(jaxpr, BACKENDS["gpu"]) & set(map(id, masks))
 
 
 def test_large_products_on_gpus_have_room_to_work_in():
     closed = jax.make_jaxpr(lambda x: x @ x)(jax.ShapeDtypeStruct((512, 512), jnp.float32))
-    room = [sum(joint.Joint(closed, BACKENDS[p], NOMINAL[p]).inner_bytes) for p in ("cpu", "gpu")]
+    room = [sum(joint.Joint(closed, BACKENDS[p], DEVICE_MODELS[p]).inner_bytes) for p in ("cpu", "gpu")]
     assert room == [0, 2**25]
 
 
@@ -152,9 +152,9 @@ def test_barriers_in_bodies_count_where_they_part_kernels():
     (eqn,) = (
         e for e in jax.make_jaxpr(f)(jnp.ones((64, 64)), jnp.ones((20, 32, 64))).eqns if e.primitive.name == "scan"
     )
-    scan = Scan(eqn, BACKENDS["gpu"], NOMINAL["gpu"])
-    cheapest = next(o for o in scan.options if not o.choice.saved)
-    assert not cheapest.choice.is_staged
-    staged = scan._option(cheapest.choice._replace(is_staged=True), cheapest.lengths)
+    scan = Scan(eqn, BACKENDS["gpu"], DEVICE_MODELS["gpu"])
+    cheapest = next(o for o in scan.policies if not o.policy.saved)
+    assert not cheapest.policy.is_staged
+    staged = scan._scan_policy(cheapest.policy._replace(is_staged=True), cheapest.lengths)
     assert staged.bytes <= cheapest.bytes
     assert staged.seconds > cheapest.seconds

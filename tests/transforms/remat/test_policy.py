@@ -6,19 +6,19 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from funcgrad.transforms.remat import search
-from funcgrad.transforms.remat.device_model import NOMINAL
-from funcgrad.transforms.remat.simulation import Choice, Simulation
+from funcgrad.transforms.remat import saved_set
+from funcgrad.transforms.remat.device_model import DEVICE_MODELS
+from funcgrad.transforms.remat.policy import Policy, Simulation
 
 from ... import trainings
-from .test_search import searched
+from .test_saved_set import searched
 
 
 def programs(draw, program, count):
     nodes = range(len(program.nodes))
     for k in range(count):
         saved, some = (frozenset(n for n in nodes if draw.random() < p) for p in draw.random(2))
-        yield Choice(saved | search.pinned(program), (None, frozenset(), some)[k % 3], draw.random() < 0.8)
+        yield Policy(saved | saved_set.pinned(program), (None, frozenset(), some)[k % 3], draw.random() < 0.8)
 
 
 @pytest.mark.parametrize("make", [trainings.resnet, trainings.mlp], ids=["resnet", "mlp"])
@@ -26,8 +26,8 @@ def test_simulations_beside_plain_ones(make):
     sizes = {"depth": 4, "channels": 8, "size": 8, "batch": 4} if make is trainings.resnet else {"depth": 6, "width": 8}
     loss, args = make(lambda layer: layer, **sizes)
     program = searched(loss, *args)[1].joint
-    program.machine = NOMINAL["cpu"]
-    fast = Simulation(program, is_new=False)
+    program.device = DEVICE_MODELS["cpu"]
+    fast = Simulation(program, is_allocating=False)
     for choice in programs(np.random.default_rng(0), program, 60):
         outcome = fast(choice, 0)
         peak, seconds = plain(program, fast.sizes_with(choice.saved).tolist(), choice)
@@ -55,7 +55,7 @@ def plain(program, sizes, choice):
                 todo += nodes[n].sources
         seconds += sum(nodes[n].seconds for n in values_now if nodes[n].is_run or n in computed)
         computed |= values_now
-        held = values_now if choice.held is None else values_now & choice.held
+        held = values_now if choice.retained is None else values_now & choice.retained
         there |= dict.fromkeys(held, start)
         last |= dict.fromkeys(held, start) | reads
         parts.append((start, stop, reads, values_now, held))
@@ -82,10 +82,10 @@ def plain(program, sizes, choice):
     return max(peak, *alive), seconds
 
 
-def test_what_is_remembered_of_chains_changes_nothing():
+def test_memoised_recomputations_change_nothing():
     loss, args = trainings.resnet(lambda layer: layer, depth=4, channels=8, size=8, batch=4)
     program = searched(loss, *args)[1].joint
-    one = Simulation(program, is_new=True)
+    one = Simulation(program, is_allocating=True)
     for choice in programs(np.random.default_rng(0), program, 50):
-        assert one(choice, 0) == Simulation(program, is_new=True)(choice, 0)
-    assert len(one.chains) < 50 * len(program.stages)
+        assert one(choice, 0) == Simulation(program, is_allocating=True)(choice, 0)
+    assert len(one.recomputations) < 50 * len(program.stages)
