@@ -40,9 +40,11 @@ STARTS = 2
 # A saved node is dropped below this part of the worth of the best node that is not saved. With 0.1: 1.004, worst 1.11; with 0.6:
 # 1.001, worst 1.03.
 MIN_WORTH = 0.3
-# The effort of a search is this divided by its equations: it limits the starts and the polishing of large programs.
+# The effort of a search is this divided by its equations: it limits the starts and the polishing of large programs. With 12,000:
+# a transformer of 4,544 equations within 50 and 15 % takes 1.000 and 0.959, and twice the CPU time.
 EQUATIONS = 3000
-# With less effort, the first policy that fits is taken.
+# With less effort, the first policy that fits is taken. With 0: a transformer of 9,944 equations within 50 and 15 % takes 1.000
+# and 0.888, and 5 times the CPU time.
 MIN_EFFORT = 0.5
 
 
