@@ -35,9 +35,10 @@ def differentiable(f: Callable, *, rules: UserRules | None = None, loops: Loops 
       rules: primitive -> `rule(eqn, *values)`, which returns the equation's outputs by another, differentiable computation
         of the same values, at any depth of `f` (a straight-through estimator, a `jax.custom_vjp` function). Or scope pattern
         ("block_*/attention") -> `rule(region, *values)`; the Graph `region` holds all equations of a scope, and the rule returns
-        what `region(*values)` does. Its `region.paths` say where the values come from, as "params['w']" or "encoder/tanh". For
-        scopes `f` is traced at every call, with respect to its arrays, NumPy's too; its other arguments stay as they are. A
-        mapping, or a `Rules`, which keeps compiled programs from call to call of `vjp`, `jvp` and `linearize` too.
+        what `region(*values)` does. Its `region.paths` say where the values come from, as "params['w']" or "encoder/tanh". Two
+        calls of a scope with nothing in between are one. For scopes `f` is traced at every call, with respect to its arrays,
+        NumPy's too; its other arguments stay as they are. A mapping, or a `Rules`, which keeps compiled programs from call to
+        call of `vjp`, `jvp` and `linearize` too.
       loops: the memory for the gradient of each `while` loop (`lax.while_loop`, `lax.fori_loop` with traced bounds), for any
         number of steps: see `Loops`, whose defaults are the default. Loops with ordered effects or references stay JAX's own.
     Returns:

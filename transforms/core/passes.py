@@ -18,6 +18,7 @@ import numpy as np
 from jax.tree_util import tree_flatten, tree_unflatten
 
 from . import _jax, manual_axes, subjaxprs
+from .errors import GraphError
 from .pass_trace import PassTrace, bind, driven, functions_of, in_form_of
 from .scope_paths import Path, joined
 
@@ -29,6 +30,7 @@ class Pass:
 
     `fg.live(f, p)`, `fg.interpret(graph, p, *values)` and `fg.rewrite(graph, p)` apply it, at any depth of sub-jaxprs. What it
     computes is not seen by it again. A pass may keep state: what its copies for sub-jaxprs share belongs in a mutable attribute.
+    The derivative of a `while` loop is one equation to a pass: apply the pass before `fg.grad`.
 
     Attributes:
       around: the named scopes around the current level, which is a function or a sub-jaxpr.
@@ -61,7 +63,7 @@ class Pass:
         return eqn.primitive.name in subjaxprs.INLINED
 
     def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        """The outputs of an equation that is not entered, one value for each, of its shapes and dtypes."""
+        """A list of the outputs of an equation that is not entered, of its shapes and dtypes; by default it is bound as it is."""
         return bind(eqn, values)
 
     def body(self, eqn: Any, k: int) -> Pass | None:
@@ -120,7 +122,7 @@ class Pass:
     def _decide(self, eqn: Any, values: Sequence[Any], axes: frozenset[str]) -> list[Any]:
         functions, bodies = functions_of(eqn), [body.jaxpr for body in subjaxprs.bodies(eqn)]
         if not (functions or bodies) or not self.enters(eqn, values):
-            return self.equation(eqn, values)
+            return self._checked(eqn, self.equation(eqn, values))
         if self.inlines(eqn, values):
             return self._inlined(eqn, bodies, values)
         if functions:
@@ -138,6 +140,26 @@ class Pass:
             if tree is not None:
                 self.receive(eqn, values, k, tree_unflatten(tree, [next(extras) for _ in range(j.n_extras)]))
         return outputs[:end]
+
+    def _checked(self, eqn: Any, outputs: Any) -> Sequence[Any]:
+        """The outputs of `equation`, if there is one for each of the equation's, and arrays have its types as far as known."""
+        avals = [v.aval for v in eqn.outvars] if isinstance(eqn, _jax.JaxprEqn) else None
+        is_single = not eqn.primitive.multiple_results
+        if isinstance(outputs, list | tuple) and (
+            len(outputs) == len(avals) if avals else not is_single or len(outputs) == 1
+        ):
+            arrays = ((x, a) for x, a in zip(outputs, avals or (), strict=False) if isinstance(x, jax.Array))
+            if all((x.shape, x.dtype) == (a.shape, a.dtype) for x, a in arrays):
+                return outputs
+        returned = jax.tree.map(
+            lambda x: jax.typeof(x).str_short() if hasattr(x, "aval") else type(x).__name__, outputs
+        )
+        wanted = ", ".join(a.str_short() for a in avals) if avals else "one value" if is_single else "a list"
+        raise GraphError(
+            f"{type(self).__name__}.equation returned {returned} for '{eqn.primitive}', which has {wanted}.",
+            at=_jax.line_of(eqn) or _jax.line_now(),
+            hint="return a list with one value for each output, of its shape and dtype, as super().equation(eqn, values) does",
+        )
 
     def _inlined(self, eqn: Any, bodies: Sequence[Any], values: Sequence[Any]) -> list[Any]:
         """The body of a call in its place."""

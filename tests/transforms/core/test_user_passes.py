@@ -177,3 +177,39 @@ def test_arrays_leave_bodies():
 def test_what_is_no_pass_is_named():
     with pytest.raises(TypeError, match="live takes rules as a mapping, Rules or a Pass, and got list"):
         fg.live(MODEL, [Rounded()])
+
+
+class Returning(fg.Pass):
+    """Computes each sine by a function."""
+
+    def __init__(self, f):
+        self.f = f
+
+    def equation(self, eqn, values):
+        return self.f(*values) if eqn.primitive is lax.sin_p else super().equation(eqn, values)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: lambda x: lax.cond(True, f, f, x)])
+@pytest.mark.parametrize(
+    ("f", "returned"),
+    [
+        (lambda x: jnp.cos(x), r"float32\[\]"),
+        (lambda x: None, "None"),
+        (lambda x: [x, x], r"\['float32\[\]', 'float32\[\]'\]"),
+    ],
+)
+def test_a_pass_that_returns_no_list_of_all_outputs_is_named(f, returned, wrap):
+    program = wrap(lambda x: lax.sin(x) * 2.0)
+    for run in (
+        lambda: fg.live(program, Returning(f))(jnp.float32(1)),
+        lambda: fg.rewrite(fg.trace(program, jnp.float32(1)), Returning(f)),
+    ):
+        with pytest.raises(fg.GraphError, match=f"Returning.equation returned {returned} for 'sin'") as e:
+            run()
+        assert "test_user_passes.py" in str(e.value)
+
+
+def test_an_output_of_another_type_is_named_in_a_graph():
+    graph = fg.trace(lambda x: lax.sin(x), jnp.float32(1))
+    with pytest.raises(fg.GraphError, match=r"returned \['float32\[3\]'\] for 'sin', which has float32\[\]"):
+        fg.rewrite(graph, Returning(lambda x: [jnp.zeros(3)]))
