@@ -93,8 +93,9 @@ def wrong_arguments(verb: str, fun: Callable, args: tuple, options: dict) -> Exc
 
 
 def _summary(value: Any) -> str:
-    if not all_leaves([value]):
-        return f"a {type(value).__name__} of {len(tree_leaves(value))} leaves"
+    leaves = tree_leaves(value)
+    if len(leaves) != 1 or leaves[0] is not value:
+        return f"a {type(value).__name__} of {len(leaves)} leaves"
     try:
         return jax.typeof(value).str_short()
     except TypeError:

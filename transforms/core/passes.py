@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
@@ -49,7 +48,7 @@ class Pass:
 
     around: Path = ()
     base = 0  # how many entries of the name stack belong to the caller
-    memo: WeakKeyDictionary[Any, dict[Any, Any]] | None = None  # transformed sub-jaxprs, where they can be kept
+    memo: MutableMapping[Any, dict[Any, Any]] | None = None  # transformed sub-jaxprs, where they can be kept
     key: Hashable = ()  # what distinguishes passes that share a memo
 
     # What a pass decides
@@ -141,16 +140,15 @@ class Pass:
                 self.receive(eqn, values, k, tree_unflatten(tree, [next(extras) for _ in range(j.n_extras)]))
         return outputs[:end]
 
-    def _checked(self, eqn: Any, outputs: Any) -> Sequence[Any]:
+    def _checked(self, eqn: Any, outputs: Any) -> list[Any]:
         """The outputs of `equation`, if there is one for each of the equation's, and arrays have its types as far as known."""
-        avals = [v.aval for v in eqn.outvars] if isinstance(eqn, _jax.JaxprEqn) else None
+        avals: list[Any] | None = [v.aval for v in eqn.outvars] if isinstance(eqn, _jax.JaxprEqn) else None
         is_single = not eqn.primitive.multiple_results
-        if isinstance(outputs, list | tuple) and (
-            len(outputs) == len(avals) if avals else not is_single or len(outputs) == 1
-        ):
-            arrays = ((x, a) for x, a in zip(outputs, avals or (), strict=False) if isinstance(x, jax.Array))
-            if all((x.shape, x.dtype) == (a.shape, a.dtype) for x, a in arrays):
-                return outputs
+        count = len(avals) if avals else 1 if is_single else None
+        if isinstance(outputs, list | tuple) and count in (None, len(outputs)):
+            pairs = [(x, a) for x, a in zip(outputs, avals or (), strict=False) if isinstance(x, jax.Array)]
+            if all((x.shape, x.dtype) == (a.shape, a.dtype) for x, a in pairs if _jax.is_array(a)):
+                return list(outputs)
         returned = jax.tree.map(
             lambda x: jax.typeof(x).str_short() if hasattr(x, "aval") else type(x).__name__, outputs
         )

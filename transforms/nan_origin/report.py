@@ -208,10 +208,10 @@ def _described(
     names = {id(x): path for path, x in arguments} | ({} if computed else {id(position.value): argument or "constant"})
     named = lambda value, part: Elements.of(value, part, names.get(id(value)))
     element = computed or position.nan or position.reader
-    call = dict(argument=argument, function=function, output=output, output_kind=output_kind)
+    call: dict[str, Any] = dict(argument=argument, function=function, output=output, output_kind=output_kind)
     if element is None:
         result = named(position.value, position.index)
-        nothing = dict.fromkeys(("primitive", "line", "derivative_of", "lanes", "then", "remedy"))
+        nothing: dict[str, Any] = dict.fromkeys(("primitive", "line", "derivative_of", "lanes", "then", "remedy"))
         return NanOrigin(
             kind=kind, operands=(), result=result, phase="forward", scope="", iterations=(), **nothing, **call
         )

@@ -37,7 +37,7 @@ class Plan:
       matches: the match to replace, by the first node that computes an output of it. replaced: the outputs of all matches.
       opened: the calls that are inlined. gone: the nodes that nothing needs any more.
       count, at: the number of matches and their lines and scopes, those in sub-jaxprs too.
-      staged: the new jaxprs, by trace context.
+      staged: the new sub-jaxprs, a memo of the pass that evaluates the plan.
     """
 
     view: View
@@ -47,7 +47,7 @@ class Plan:
     gone: set[Node] = field(default_factory=set)
     count: int = 0
     at: dict[tuple[str, str], None] = field(default_factory=dict)
-    staged: dict[Any, subjaxprs.Lifted] = field(default_factory=dict)
+    staged: dict[Any, dict[Any, Any]] = field(default_factory=dict)
 
     def take(self, match: Match) -> bool:
         """Enter a match, unless it overlaps an earlier one, or an input comes after its first output."""

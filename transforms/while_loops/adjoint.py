@@ -116,7 +116,8 @@ class Sweep:
     def avals(self) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
         """The types of c, x, y and the totals."""
         n_c, _, n_y, _ = self.sizes
-        return (*cut(self.step.in_avals, n_c), *cut(self.bwd.out_avals, n_y))
+        (c, x), (y, totals) = cut(self.step.in_avals, n_c), cut(self.bwd.out_avals, n_y)
+        return c, x, y, totals
 
     @property
     def residuals(self) -> list[Any]:
@@ -352,7 +353,7 @@ def _deduplicated(jaxpr: Any) -> Any:
 
 def _live(eqns: list[Any], outvars: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """The equations that these outputs need, and the variables that they read from outside, in order of use."""
-    live = []
+    live: list[Any] = []
     needed = set(_variables(outvars))
     for eqn in reversed(eqns):
         if eqn.effects or not needed.isdisjoint(eqn.outvars):

@@ -119,8 +119,10 @@ def forward(sweep: Sweep, c: Sequence[Any], x0: Sequence[Any]) -> tuple[list[Any
 
     numbers = _counts(sweep, 0), _counts(sweep, np.zeros(n_slots)), _counts(sweep, np.arange(n_slots))
     start = front, *numbers, _zeros(avals.states)
-    front, *numbers_and_states = lax.while_loop(lambda state: jnp.any(state[0].running), segment, start)
-    return front.x, Checkpoints(front.i, *numbers_and_states, running_tape, tape, front.last_inputs or list(x0))
+    front, stored, units, slots, states = lax.while_loop(lambda state: jnp.any(state[0].running), segment, start)
+    return front.x, Checkpoints(
+        front.i, stored, units, slots, states, running_tape, tape, front.last_inputs or list(x0)
+    )
 
 
 def backward(
