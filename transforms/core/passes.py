@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.tree_util import tree_flatten, tree_unflatten
+from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
 
 from . import _jax, manual_axes, subjaxprs
 from .errors import GraphError
@@ -70,7 +70,11 @@ class Pass:
         return self.within(self.scope())
 
     def leave(self, outputs: list[Any]) -> tuple[list[Any], Any]:
-        """The outputs of a sub-jaxpr that this pass ran through, and a tree of arrays that it returns besides."""
+        """The outputs of a sub-jaxpr that this pass ran through, and a tree of additional arrays that it returns.
+
+        Loops, branches and calls have room for these arrays; the predicate of a while, a while with one predicate per lane,
+        custom_linear_solve, shard_map and functions with derivative rules do not: from there no arrays are received.
+        """
         return outputs, ()
 
     def receive(self, eqn: Any, values: Sequence[Any], k: int, extras: Any) -> None:
@@ -190,7 +194,9 @@ class Pass:
                     child.base = len(_jax.name_stack())
                 outputs, extras = child.leave(_run(child, jaxpr, values, is_inlined))
                 leaves, tree = tree_flatten(extras)
-                trees.append((tree, len(leaves)))
+                has_room = not leaves or subjaxprs.has_room(eqn, k)
+                leaves = leaves if has_room else []
+                trees.append((tree if has_room else None, len(leaves)))
                 return [manual_axes.vary(x, axes) for x in (*outputs, *leaves)]
 
             names = _jax.names_of(jaxpr)
@@ -223,7 +229,7 @@ class Pass:
             return _jax.bind(eqn.primitive, params, values)
 
     def _leaving(self, eqn: Any, values: Sequence[Any], child: Pass, f: Callable) -> Callable:
-        """`f`, which runs under `child`, with what leaves it: no arrays besides its outputs, for which a call has no room."""
+        """`f`, which runs under `child`, with what leaves it: without arrays, for which such a call has no room."""
         if child is self:
             return f
 
@@ -231,7 +237,8 @@ class Pass:
             child.base = len(_jax.name_stack())
             outputs = f(*args)
             results, extras = child.leave(list(outputs))
-            self.receive(eqn, values, 0, extras)
+            if not tree_leaves(extras):
+                self.receive(eqn, values, 0, extras)
             return in_form_of(outputs, results)
 
         return leaving

@@ -100,10 +100,10 @@ def rebind(primitive: _jax.Primitive, params: dict, values: Sequence[Any], new: 
     return _jax.bind(primitive, params, values)
 
 
-def has_room(eqn: Any) -> bool:
-    """Whether `rebind` can return additional outputs of the equation's sub-jaxprs."""
+def has_room(eqn: Any, k: int = -1) -> bool:
+    """Whether `rebind` can return additional outputs of the equation's k-th sub-jaxpr: not of the predicate of a while."""
     if eqn.primitive.name in LOOPS:
-        return bodies(eqn)[0].jaxpr.jaxpr.outvars[0].aval.shape == ()
+        return k != 0 and bodies(eqn)[0].jaxpr.jaxpr.outvars[0].aval.shape == ()
     return eqn.primitive.name not in ("custom_linear_solve", "shard_map")
 
 

@@ -213,3 +213,44 @@ def test_an_output_of_another_type_is_named_in_a_graph():
     graph = fg.trace(lambda x: lax.sin(x), jnp.float32(1))
     with pytest.raises(fg.GraphError, match=r"returned \['float32\[3\]'\] for 'sin', which has float32\[\]"):
         fg.rewrite(graph, Returning(lambda x: [jnp.zeros(3)]))
+
+
+def test_no_arrays_leave_where_there_is_no_room():
+    """The predicate of a while and a function with its own derivative rule: the program stays, nothing is received."""
+
+    class Sines(fg.Pass):
+        def __init__(self, received):
+            self.received, self.sines = received, []
+
+        def equation(self, eqn, values):
+            outputs = super().equation(eqn, values)
+            self.sines += outputs if eqn.primitive is lax.sin_p else []
+            return outputs
+
+        def body(self, eqn, k):
+            return Sines([])
+
+        def leave(self, outputs):
+            return outputs, self.sines
+
+        def receive(self, eqn, values, k, extras):
+            self.received += extras
+
+    @jax.custom_jvp
+    def ruled(x):
+        return lax.sin(x)
+
+    ruled.defjvp(lambda primals, tangents: (ruled(*primals), tangents[0]))
+
+    def f(x):
+        return ruled(lax.while_loop(lambda c: lax.sin(c) > 0.5, lambda c: c + 1.0, x))
+
+    graph, p = fg.trace(f, 1.0), Sines([])
+    for run in (fg.live(f, p), lambda x: fg.interpret(graph, p, x)[0]):
+        np.testing.assert_allclose(run(1.0), f(1.0), rtol=1e-6)
+        np.testing.assert_allclose(jax.jit(run)(1.0), f(1.0), rtol=1e-6)
+    assert not p.received
+    for transform, x in ((jax.grad, 1.0), (jax.vmap, jnp.ones(2))):
+        p = Sines([])
+        np.testing.assert_allclose(transform(fg.live(ruled, p))(x), transform(ruled)(x), rtol=1e-6)
+        assert not p.received
