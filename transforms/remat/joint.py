@@ -259,7 +259,7 @@ def flattened(jaxpr: _jax.ClosedJaxpr, *, are_marks_kept: bool = False) -> tuple
 
     Marks are dropped. With `are_marks_kept`, the mark of the cotangent stays, and the marked values are additional last outputs.
     """
-    flattening = _Flattening(are_marks_kept)
+    flattening = Flattening(are_marks_kept)
     body = _jax.close(_jax.convert_constvars_jaxpr(jaxpr.jaxpr))
     stage = lambda *values: [*run(flattening, body, values), *flattening.marked]
     staged = _jax.stage_flat(stage, [v.aval for v in body.jaxpr.invars], _jax.no_names)
@@ -268,7 +268,7 @@ def flattened(jaxpr: _jax.ClosedJaxpr, *, are_marks_kept: bool = False) -> tuple
     return live, [*staged.consts, *jaxpr.consts]
 
 
-class _Flattening(Pass):
+class Flattening(Pass):
     """Inlines calls where it is safe; drops marks, or collects the marked values."""
 
     def __init__(self, are_marks_kept: bool):

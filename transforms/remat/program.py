@@ -16,7 +16,8 @@ import jax
 from jax import lax
 
 from ..core import _jax
-from .joint import COTANGENT, Joint, mark_of, variables
+from ..core.passes import read, step
+from .joint import Flattening, Joint, variables
 from .policy import Policy
 
 RECOMPUTED = "rematted_computation"  # JAX's own name for the scope of recomputed equations
@@ -110,19 +111,11 @@ class Program:
         return [eqn for eqn in self.forward_eqns if id(eqn) in needed]
 
 
-def read(env: dict[Any, Any], atom: Any) -> Any:
-    """The value of a variable or literal."""
-    return env[atom] if isinstance(atom, _jax.Var) else atom.val
-
-
 def _bind(eqn: Any, env: dict[Any, Any]) -> None:
-    values = [read(env, v) for v in eqn.invars]
-    if mark_of(eqn) == COTANGENT:
-        outputs = values
-    else:
-        with _jax.context_of(eqn):
-            outputs = _jax.bind(eqn.primitive, eqn.params, values)
-    env.update(zip(eqn.outvars, outputs, strict=True))
+    env.update(zip(eqn.outvars, step(_UNMARKED, eqn, env), strict=True))
+
+
+_UNMARKED = Flattening(are_marks_kept=False)
 
 
 def _is_tied(aval: Any) -> bool:

@@ -26,13 +26,13 @@ from jax.dtypes import float0
 
 from ..core import _jax, subjaxprs
 from ..core.pass_trace import bind
-from ..core.passes import Pass
+from ..core.passes import Pass, read
 from ..cost.backends import Backend
 from ..cost.operations import nbytes
 from .device_model import DeviceModel
 from .joint import COTANGENT, Joint
 from .policy import Policy, Simulation
-from .program import RECOMPUTED, Program, read
+from .program import RECOMPUTED, Program
 from .saved_set import everything
 
 # The fewest steps of a segment that is cut into segments again. Simulated seconds of the scans of a GPT (12 layers) and an LSTM
