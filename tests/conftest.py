@@ -8,7 +8,7 @@ that each commit tests others: the header of a run names the sample, `--sample=N
 cases outside of the sample belong to the tier `slow`.
 
 On the CPU, XLA compiles with LLVM's optimizations off, which takes a third less time. The HLO and its temporaries are the same,
-only the machine code is slower: tests that measure it are marked `optimized`.
+only the machine code is slower. Tests that are slow, and those marked `optimized`, run the optimized machine code.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+compiles = {"optimized": True}  # the present setting
 jax.config.update("jax_enable_compilation_cache", False)  # a test must not depend on what ran before it
 
 
@@ -61,10 +62,13 @@ def pytest_collection_modifyitems(config, items):
     """Marks the cases outside of the sample as slow."""
     if config.option.all:
         return
-    is_sampled = lambda item: item.get_closest_marker("sample") and not item.get_closest_marker("slow")
-    tests = itertools.groupby(filter(is_sampled, items), lambda item: item.nodeid.partition("[")[0])
-    for _, cases in tests:
-        cases = list(cases)
+    tests = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("rest"):
+            item.add_marker("slow")
+        elif item.get_closest_marker("sample") and not item.get_closest_marker("slow"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
         sample = sample_of(cases, config.option.sample, *cases[0].get_closest_marker("sample").args)
         for item in set(cases) - set(sample):
             item.add_marker("slow")
@@ -96,6 +100,8 @@ def pytest_terminal_summary(terminalreporter):
         if getattr(report, "when", None) == "call":
             for case, outcome, n in dict(report.user_properties).get("programs", ()):
                 counts[case, outcome] += n
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.line(f"the same cases again: pytest --sample={terminalreporter.config.option.sample}")
     if counts:
         terminalreporter.section("programs compared with JAX's own", "-")
     for case, outcomes in itertools.groupby(sorted(counts), lambda key: key[0]):
@@ -103,8 +109,11 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_runtest_setup(item):
-    is_optimized = item.get_closest_marker("optimized") or os.environ["JAX_PLATFORMS"] != "cpu"
-    jax.config.update("jax_disable_most_optimizations", not is_optimized)
+    is_optimized = any(map(item.get_closest_marker, ("optimized", "slow"))) or os.environ["JAX_PLATFORMS"] != "cpu"
+    if is_optimized != compiles["optimized"]:  # JAX's caches do not tell the two apart
+        compiles["optimized"] = is_optimized
+        jax.config.update("jax_disable_most_optimizations", not is_optimized)
+        jax.clear_caches()
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip(f"needs a GPU: the default backend is {jax.default_backend()!r}; try JAX_PLATFORMS=cuda,cpu")
 

@@ -1,7 +1,7 @@
 """`tape`: the operations of an eager run, recorded as they run, and their gradient.
 
-While a tape is open, a `Trace` computes each operation at once and records it. Values stay plain arrays, so Python branches,
-loops, `float(x)` and NumPy behave as without a tape. Jitted functions run operation by operation.
+While a tape is open, a pass (`Recording`) computes each operation at once and records it. Values stay plain arrays, so Python
+branches, loops, `float(x)` and NumPy behave as without a tape. Jitted functions run operation by operation.
 
 The tape is the Wengert list of define-by-run systems. Source: R. E. Wengert, A simple automatic derivative evaluation program,
 1964, doi:10.1145/355586.364791.
@@ -265,7 +265,7 @@ class Recording(Pass):
     def enters(self, eqn: Any, values: Sequence[Any]) -> bool:
         """Calls, unless they place their operands; a function with its own derivative, or a mapped one, is one operation."""
         name = eqn.primitive.name
-        return name in _CALLS and (name != "jit" or subjaxprs.is_placed_freely(eqn.params))
+        return name in _CALLS and not functions_of(eqn) and (name != "jit" or subjaxprs.is_placed_freely(eqn.params))
 
     def inlines(self, eqn: Any, values: Sequence[Any]) -> bool:
         """All that is entered."""

@@ -355,26 +355,37 @@ def look_through(kind: Any) -> None:
 def observing(kind: Any, observe: Callable[[Primitive, Sequence[Any]], Any]) -> Iterator[None]:
     """A context in which `observe(primitive, outputs)` sees each primitive that traces of this kind process in this thread.
 
-    JAX has no hook for this: the method of the class is replaced, by one thread at a time, and put back.
+    JAX has no hook for this: the method of the class is replaced while there are observers.
     """
-    thread = threading.get_ident()
-    with _OBSERVING:
-        process = kind.process_primitive
+    observer = threading.get_ident(), observe
+    with _LOCK:
+        if not _OBSERVERS.setdefault(kind, []):
+            _ORIGINALS[kind] = kind.process_primitive
+            kind.process_primitive = _observed(kind, kind.process_primitive)
+        _OBSERVERS[kind].append(observer)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _OBSERVERS[kind].remove(observer)
+            if not _OBSERVERS[kind]:
+                kind.process_primitive = _ORIGINALS.pop(kind)
 
-        def observed(self, primitive, values, params, /):
-            outputs = process(self, primitive, values, params)
+
+def _observed(kind: Any, process: Callable) -> Callable:
+    def process_primitive(self, primitive, values, params, /):
+        outputs = process(self, primitive, values, params)
+        for thread, observe in tuple(_OBSERVERS[kind]):
             if threading.get_ident() == thread:
                 observe(primitive, outputs if primitive.multiple_results else [outputs])
-            return outputs
+        return outputs
 
-        kind.process_primitive = observed
-        try:
-            yield
-        finally:
-            kind.process_primitive = process
+    return process_primitive
 
 
-_OBSERVING = threading.RLock()
+_LOCK = threading.Lock()
+_OBSERVERS: dict[Any, list[tuple[int, Callable]]] = {}
+_ORIGINALS: dict[Any, Callable] = {}
 
 
 def is_tracing() -> bool:

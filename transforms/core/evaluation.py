@@ -94,8 +94,8 @@ class _LinearizedOnce(Pass):
     def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """The outputs of one operation."""
         primitive, params = eqn.primitive, tuple(eqn.params.items())
-        is_claimed = any(not rules.ignores(primitive, eqn.params) for rules in self.tables)
-        if not is_claimed and primitive in _operations() and not any(hasattr(x, "eqns") for _, x in params):
+        is_operation = primitive in _operations() and not any(hasattr(x, "eqns") for _, x in params)
+        if is_operation and all(rules.ignores(primitive, eqn.params) for rules in self.tables):
             avals = tuple(v.aval for v in eqn.invars)
             try:
                 operation = _operation(primitive, params, avals, _jax.current_context())

@@ -112,7 +112,8 @@ class PassTrace(_jax.Trace):
         eqn = Bound(primitive, options, _jax.current_source(), functions, process)
         with _jax.set_current_trace(self.parent):
             outputs = self.p.visit(eqn, values)
-        return in_form_of(eqn.returned, outputs)
+        returned, eqn.returned = eqn.returned, None
+        return in_form_of(returned, outputs)
 
     def _with_evaluated(self, functions, values):
         """The functions of an equation of a jaxpr, the first replaced by the evaluation of its body."""

@@ -58,7 +58,7 @@ class Pass:
         return True
 
     def inlines(self, eqn: Any, values: Sequence[Any]) -> bool:
-        """Whether an equation that is entered is replaced by its first sub-jaxpr, evaluated in its place."""
+        """Whether the body of an entered call is evaluated in place of the call; loops, branches and shard_map stay."""
         return eqn.primitive.name in subjaxprs.INLINED
 
     def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -112,7 +112,7 @@ class Pass:
 
     def axes(self, eqn: Any, values: Sequence[Any]) -> frozenset[str]:
         """The mesh axes along which operands vary unknown to the graph: all operands are made to vary along them."""
-        return manual_axes.unforeseen(values)
+        return manual_axes.unforeseen(values) if isinstance(eqn, _jax.JaxprEqn) else frozenset()
 
     def visit(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """The outputs of an equation. A pass that does something around all equations overrides this and calls it."""
@@ -126,7 +126,7 @@ class Pass:
         functions, bodies = functions_of(eqn), [body.jaxpr for body in subjaxprs.bodies(eqn)]
         if not (functions or bodies) or not self.enters(eqn, values):
             return self._checked(eqn, self.equation(eqn, values))
-        if self.inlines(eqn, values):
+        if eqn.primitive.name in subjaxprs.CALLS and self.inlines(eqn, values):
             return self._inlined(eqn, bodies, values)
         if functions:
             return eqn.call([self._function(eqn, values, k, f) for k, f in enumerate(functions)], values)
@@ -145,20 +145,22 @@ class Pass:
         return outputs[:end]
 
     def _checked(self, eqn: Any, outputs: Any) -> list[Any]:
-        """The outputs of `equation`, if there is one for each of the equation's, and arrays have its types as far as known."""
-        avals: list[Any] | None = [v.aval for v in eqn.outvars] if isinstance(eqn, _jax.JaxprEqn) else None
-        is_single = not eqn.primitive.multiple_results
-        count = len(avals) if avals else 1 if is_single else None
-        if isinstance(outputs, list | tuple) and count in (None, len(outputs)):
-            pairs = [(x, a) for x, a in zip(outputs, avals or (), strict=False) if isinstance(x, jax.Array)]
-            if all((x.shape, x.dtype) == (a.shape, a.dtype) for x, a in pairs if _jax.is_array(a)):
-                return list(outputs)
+        """The outputs of `equation`, if they are as many as the equation has, and arrays have its types as far as known."""
+        primitive, is_list = eqn.primitive, isinstance(outputs, list | tuple)
+        if not isinstance(eqn, _jax.JaxprEqn):
+            if is_list and (primitive.multiple_results or len(outputs) == 1):
+                return outputs
+            expected = "a list" if primitive.multiple_results else "one output"
+        else:
+            avals = [v.aval for v in eqn.outvars]
+            if is_list and len(outputs) == len(avals) and all(map(_is_of_type, outputs, avals)):
+                return outputs
+            expected = ", ".join(a.str_short() for a in avals)
         returned = jax.tree.map(
             lambda x: jax.typeof(x).str_short() if hasattr(x, "aval") else type(x).__name__, outputs
         )
-        wanted = ", ".join(a.str_short() for a in avals) if avals else "one value" if is_single else "a list"
         raise GraphError(
-            f"{type(self).__name__}.equation returned {returned} for '{eqn.primitive}', which has {wanted}.",
+            f"{type(self).__name__}.equation returned {returned} for '{primitive}', which has {expected}.",
             at=_jax.line_of(eqn) or _jax.line_now(),
             hint="return a list with one value for each output, of its shape and dtype, as super().equation(eqn, values) does",
         )
@@ -185,7 +187,7 @@ class Pass:
         if child is None:
             return subjaxprs.lifted(closed), None
         memo: Any = {} if child.memo is None else child.memo.setdefault(jaxpr, {})
-        key = child.key, axes, is_inlined, _jax.trace_context()
+        key = type(child), child.around, k, child.key, axes, is_inlined, _jax.trace_context()
         if key not in memo:
             trees: list[Any] = []
 
@@ -244,6 +246,13 @@ class Pass:
         return leaving
 
 
+def _is_of_type(value: Any, aval: Any) -> bool:
+    """Whether a value, if it is an array, has the shape and dtype of a type."""
+    if not isinstance(value, jax.Array) or not _jax.is_array(aval):
+        return True
+    return value.shape == aval.shape and value.dtype == aval.dtype
+
+
 def _started(child: Pass, is_new: bool, f: Callable) -> Callable:
     """`f` under `child`, whose level starts there if it is new."""
 
@@ -283,7 +292,7 @@ def _run(p: Pass, jaxpr: _jax.Jaxpr, values: Sequence[Any], is_inlined: bool) ->
 
 def step(p: Pass, eqn: Any, env: Mapping[Any, Any], is_inlined: bool = False) -> list[Any]:
     """The outputs of one equation of a jaxpr, whose operands are in `env`; in its scopes and configuration."""
-    bound = _jax.inlined(eqn) if is_inlined else eqn
+    bound = _jax.inlined(eqn) if is_inlined and isinstance(eqn, _jax.JaxprEqn) else eqn
     with _jax.context_of(bound), of_width(v.aval for v in (*eqn.invars, *eqn.outvars)):
         return p.visit(bound, [read(env, v) for v in eqn.invars])
 

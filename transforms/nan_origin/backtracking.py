@@ -119,6 +119,8 @@ class Level(Pass):
         outputs = bind(bound, values)
         if self.call and subjaxprs.is_inlined(self.call.eqn):
             eqn = called_from(eqn, self.call.eqn)
+        if functions_of(eqn):  # they hold what they close over
+            eqn = Bound(eqn.primitive, eqn.params, eqn.source_info)
         self.equations.append(eqn)
         if not all(map(is_finite, outputs)):
             note = Note(eqn, values, list(outputs), self)

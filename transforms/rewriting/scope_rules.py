@@ -103,6 +103,10 @@ def _traced(f: Callable, args: tuple, kwargs: dict) -> tuple[_jax.ClosedJaxpr, l
 _HERE = object()  # stands for an array among what a function returned
 
 
+_REGION = _jax.Primitive("region")
+_REGION.multiple_results = True
+
+
 class Region(NamedTuple):
     """The equations of a scope, in the place of an equation."""
 
@@ -112,7 +116,7 @@ class Region(NamedTuple):
     rule: Callable
     source_info: Any
     ctx: Any
-    primitive: Any = _jax.Primitive("region")
+    primitive: Any = _REGION
     params: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -108,6 +108,10 @@ class Tap(Pass):
         self.replaced: dict[int, Any] = {}
         self.places = 0
         self.is_shadow = False
+        self.path: Path = around  # of the equation that is visited
+        self.replaces_consts = self.is_inside = (
+            False  # whether its sub-jaxprs close over replaced values, or hold selected ones
+        )
 
     def in_order(self) -> list[TappedValue]:
         """The values found, in program order."""
@@ -165,12 +169,14 @@ class Tap(Pass):
 
     def visit(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """As any pass, with operands as used here and outputs as selected. A near inlined jit is its body, as in its Graph."""
-        if self.is_shadow and subjaxprs.has_effects(eqn, values):
+        if self.is_shadow and not functions_of(eqn) and subjaxprs.has_effects(eqn, values):
             raise Effect
         path = self.scope()
         if self._is_near_inlined(eqn, path, values):
             return run(self, subjaxprs.bodies(eqn)[0].jaxpr, values, is_inlined=True)
         values = [self.used(x, path) for x in values]
+        self.path, self.replaces_consts = path, self._replaces_consts(eqn, path)
+        self.is_inside = self.replaces_consts or self._holds(eqn, path)
         return self._selected(eqn, path, values, super().visit(eqn, values))
 
     def _is_near_inlined(self, eqn: Any, path: Path, values: Sequence[Any]) -> bool:
@@ -185,11 +191,7 @@ class Tap(Pass):
         if name == "shard_map":
             return is_patch
         is_shadowed = name in subjaxprs.INLINED | subjaxprs.WITH_DERIVATIVES
-        return (
-            self._is_inside(eqn)
-            and not is_shadowed
-            and (is_patch or subjaxprs.has_room(eqn) or subjaxprs.is_inlined(eqn))
-        )
+        return self.is_inside and not is_shadowed and (is_patch or subjaxprs.has_room(eqn) or subjaxprs.is_inlined(eqn))
 
     def inlines(self, eqn: Any, values: Sequence[Any]) -> bool:
         """Whether tracing leaves out the call."""
@@ -200,10 +202,9 @@ class Tap(Pass):
         functions, name = functions_of(eqn), eqn.primitive.name
         if len(functions) > 1:
             body = driven(self)(lambda: _jax.called(functions[0], values))
-        elif name in subjaxprs.INLINED | subjaxprs.WITH_DERIVATIVES and self._is_inside(eqn):
+        elif name in subjaxprs.INLINED | subjaxprs.WITH_DERIVATIVES and self.is_inside:
             closed = subjaxprs.bodies(eqn)[0].jaxpr
-            path = self.scope()
-            consts = [self.used(x, path) for x in closed.consts]
+            consts = [self.used(x, self.path) for x in closed.consts]
             body = lambda: run(self, _jax.close(closed.jaxpr, consts), values)
         else:
             return bind(eqn, values)
@@ -211,17 +212,17 @@ class Tap(Pass):
 
     def body(self, eqn: Any, k: int) -> Tap | None:
         """The pass for a sub-jaxpr; a function with derivative rules, and an inlined call, belong to this level."""
-        functions, path = functions_of(eqn), self.scope()
+        functions = functions_of(eqn)
         if len(functions) > 1 or subjaxprs.is_inlined(eqn):
             return None if k else self
         is_tapped_loop = eqn.primitive.name in subjaxprs.LOOPS and self.selection.replacement is None
         if is_tapped_loop and k == 0:  # the predicate: `_last_test` evaluates it
             return None
-        return Tap(self.selection, path, self if self._replaces_consts(eqn) else None, is_tapped_loop)
+        return Tap(self.selection, self.path, self if self.replaces_consts else None, is_tapped_loop)
 
     def consts(self, body: _jax.ClosedJaxpr) -> Sequence[Any]:
         """The constants of a sub-jaxpr as used here."""
-        return [self.used(x, self.scope()) for x in body.consts]
+        return [self.used(x, self.path) for x in body.consts]
 
     def leave(self, outputs: list[Any]) -> tuple[list[Any], list[TappedValue]]:
         """The outputs as returned, and the values found."""
@@ -263,21 +264,17 @@ class Tap(Pass):
     def _last_test(self, eqn: Any, path: Path, values: Sequence[Any], carry: Sequence[Any]) -> None:
         """The predicate of a while on its final carry, if it holds something selected."""
         cond = subjaxprs.bodies(eqn)[0].jaxpr
-        is_entered = self._is_inside(eqn) and subjaxprs.has_room(eqn)
-        if is_entered and self.selection.holds(cond.jaxpr, path) and not cond.effects:
+        if subjaxprs.has_room(eqn) and self.selection.holds(cond.jaxpr, path) and not cond.effects:
             run(self, cond, [*values[: eqn.params["cond_nconsts"]], *carry])
 
-    def _is_inside(self, eqn: Any) -> bool:
-        """Whether sub-jaxprs hold something selected, or close over something replaced."""
-        path = self.scope()
-        return self._replaces_consts(eqn) or any(
-            self.selection.holds(b.jaxpr.jaxpr, path) for b in subjaxprs.bodies(eqn)
-        )
+    def _holds(self, eqn: Any, path: Path) -> bool:
+        """Whether sub-jaxprs hold something selected."""
+        return any(self.selection.holds(body.jaxpr.jaxpr, path) for body in subjaxprs.bodies(eqn))
 
-    def _replaces_consts(self, eqn: Any) -> bool:
+    def _replaces_consts(self, eqn: Any, path: Path) -> bool:
+        """Whether sub-jaxprs close over something replaced."""
         if not (self.outputs_of_scopes or self.outer):
             return False
-        path = self.scope()
         consts = [(x, self.used(x, path)) for x in _closed_over([body.jaxpr for body in subjaxprs.bodies(eqn)])]
         return any(used is not x for x, used in consts)
 
@@ -286,7 +283,7 @@ class Tap(Pass):
 
         A tap evaluates the body beside the original, and sees nothing in one that has effects.
         """
-        path, n_before, was_shadow = self.scope(), len(self.tapped), self.is_shadow
+        path, n_before, was_shadow = self.path, len(self.tapped), self.is_shadow
         self.is_shadow = was_shadow or self.selection.replacement is None
         try:
             outputs = [self.used(x, path) for x in body()]

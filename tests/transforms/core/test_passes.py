@@ -108,7 +108,7 @@ CASES = list(itertools.product(["live", "interpret"], holders(lax.sin), UNDER))
 
 @pytest.mark.parametrize(
     ("driver", "holder", "under"),
-    [pytest.param(*case, marks=() if is_quick(*case) else pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=() if is_quick(*case) else pytest.mark.rest) for case in CASES],
 )
 def test_a_rule_that_closes_over_a_traced_value_is_applied_at_every_depth(driver, holder, under):
     program = holders(lax.sin)[holder]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from typing import NamedTuple
 
@@ -254,3 +255,43 @@ def test_no_arrays_leave_where_there_is_no_room():
         p = Sines([])
         np.testing.assert_allclose(transform(fg.live(ruled, p))(x), transform(ruled)(x), rtol=1e-6)
         assert not p.received
+
+
+def test_only_calls_are_inlined():
+    """A pass that inlines whatever it can keeps loops and branches."""
+
+    class Inlining(fg.Pass):
+        def inlines(self, eqn, values):
+            return True
+
+    def f(x):
+        x = lax.scan(lambda c, _: (jax.jit(lambda y: y * 2)(c), None), x, None, length=3)[0]
+        x = lax.while_loop(lambda c: c < 100, lambda c: c * 3, x)
+        return lax.cond(x > 0, lambda y: jax.nn.relu(y) + 1, lambda y: y, x)
+
+    graph = fg.trace(f, 1.0)
+    assert fg.live(f, Inlining())(1.0) == f(1.0)
+    assert fg.interpret(graph, Inlining(), 1.0)[0] == f(1.0)
+    assert [path for path, _ in fg.walk(fg.rewrite(graph, Inlining())) if "jit" in "".join(path)] == []
+
+
+def test_a_memo_keeps_one_body_per_scope():
+    class Named(fg.Pass):
+        """Multiplies sines by the length of the scope's name."""
+
+        memo: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+        def equation(self, eqn, values):
+            outputs = super().equation(eqn, values)
+            return [len(self.scope()[0]) * outputs[0]] if eqn.primitive is lax.sin_p else outputs
+
+    shared = jax.jit(lax.sin)
+
+    def f(x):
+        with jax.named_scope("a"):
+            y = shared(x)
+        with jax.named_scope("four"):
+            return y, shared(x)
+
+    for _ in range(2):
+        np.testing.assert_allclose(fg.live(f, Named())(1.0), (np.sin(1), 4 * np.sin(1)), rtol=1e-6)

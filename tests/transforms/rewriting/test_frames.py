@@ -216,7 +216,7 @@ def runs(functions, some):
     """Each function and form eagerly and compiled; some of the functions under the other transforms too."""
     is_quick = lambda f, run: run in ("eager", "jit") or f in some
     return [
-        pytest.param(f, form, run, id=f"{f.__name__}-{form}-{run}", marks=() if is_quick(f, run) else pytest.mark.slow)
+        pytest.param(f, form, run, id=f"{f.__name__}-{form}-{run}", marks=() if is_quick(f, run) else pytest.mark.rest)
         for f, form, run in itertools.product(functions, FORMS, RUN)
     ]
 

@@ -1031,3 +1031,33 @@ def test_replacements_of_several_values():
         fg.GraphError, match=re.escape("replace= for top_k returned float32[2] for float32[2], int32[2].")
     ):
         fg.patch(f, where=fg.op("top_k"), replace=lambda v, i: v)(X)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, lambda f: lambda x: jax.vmap(f)(x[None])])
+@pytest.mark.parametrize("inside", ["custom_jvp", "custom_vjp", "shard_map"])
+def test_a_function_with_its_own_derivative_that_calls_another(inside, transform):
+    mesh = jax.make_mesh((1,), ("i",), (jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:1])
+    square = {"custom_jvp": jax.custom_jvp(jnp.square), "custom_vjp": jax.custom_vjp(jnp.square)}.get(inside)
+    if inside == "custom_jvp":
+        square.defjvp(lambda primals, tangents: (primals[0] ** 2, 2 * primals[0] * tangents[0]))
+    elif inside == "custom_vjp":
+        square.defvjp(lambda x: (x**2, x), lambda x, ct: (2 * x * ct,))
+    else:
+        square = jax.shard_map(jnp.square, mesh=mesh, in_specs=jax.P(), out_specs=jax.P())
+
+    @jax.custom_jvp
+    def outer(x):
+        return jnp.sin(square(x))
+
+    outer.defjvp(lambda primals, tangents: (outer(*primals), jnp.cos(primals[0] ** 2) * 2 * primals[0] * tangents[0]))
+    sines = []
+
+    def f(x):
+        out, seen = fg.tap(lambda x: outer(x).sum(), where=fg.op("sin"))(x)
+        sines.append(list(seen))
+        return out
+
+    x = jnp.float32(0.5)
+    np.testing.assert_allclose(transform(f)(x), transform(lambda x: outer(x).sum())(x), rtol=1e-6)
+    assert all(names in (["sin#0"], []) for names in sines)
+    assert sines
