@@ -20,7 +20,12 @@ def unforeseen(values: Sequence[Any]) -> frozenset[str]:
 
 def varying(values: Sequence[Any]) -> frozenset[str]:
     """The mesh axes along which some of these values vary, inside a `shard_map` that checks this."""
-    return frozenset().union(*(axes_of(getattr(v, "aval", None)) for v in values))
+    varying_axes: frozenset[str] = frozenset()
+    for value in values:  # called for each equation: a loop is quicker than a union of generated sets
+        axes = getattr(getattr(value, "aval", None), "manual_axis_type", None)
+        if axes and axes.varying:
+            varying_axes |= axes.varying
+    return varying_axes
 
 
 def axes_of(aval: Any) -> frozenset[str]:

@@ -123,7 +123,8 @@ class Pass:
             return self._decide(eqn, [manual_axes.vary(v, axes) for v in values], axes)
 
     def _decide(self, eqn: Any, values: Sequence[Any], axes: frozenset[str]) -> list[Any]:
-        functions, bodies = functions_of(eqn), [body.jaxpr for body in subjaxprs.bodies(eqn)]
+        functions = functions_of(eqn)
+        bodies = [body.jaxpr for body in subjaxprs.bodies(eqn)] if subjaxprs.has_bodies(eqn.primitive) else []
         if not (functions or bodies) or not self.enters(eqn, values):
             return self._checked(eqn, self.equation(eqn, values))
         if eqn.primitive.name in subjaxprs.CALLS and self.inlines(eqn, values):
@@ -147,15 +148,14 @@ class Pass:
     def _checked(self, eqn: Any, outputs: Any) -> list[Any]:
         """The outputs of `equation`, if they are as many as the equation has, and arrays have its types as far as known."""
         primitive, is_list = eqn.primitive, isinstance(outputs, list | tuple)
-        if not isinstance(eqn, _jax.JaxprEqn):
+        if isinstance(eqn, _jax.JaxprEqn):
+            if is_list and len(outputs) == len(eqn.outvars) and all(map(_has_type, outputs, eqn.outvars)):
+                return outputs
+            expected = ", ".join(v.aval.str_short() for v in eqn.outvars)
+        else:
             if is_list and (primitive.multiple_results or len(outputs) == 1):
                 return outputs
             expected = "a list" if primitive.multiple_results else "one output"
-        else:
-            avals = [v.aval for v in eqn.outvars]
-            if is_list and len(outputs) == len(avals) and all(map(_is_of_type, outputs, avals)):
-                return outputs
-            expected = ", ".join(a.str_short() for a in avals)
         returned = jax.tree.map(
             lambda x: jax.typeof(x).str_short() if hasattr(x, "aval") else type(x).__name__, outputs
         )
@@ -246,11 +246,12 @@ class Pass:
         return leaving
 
 
-def _is_of_type(value: Any, aval: Any) -> bool:
-    """Whether a value, if it is an array, has the shape and dtype of a type."""
-    if not isinstance(value, jax.Array) or not _jax.is_array(aval):
+def _has_type(value: Any, var: Any) -> bool:
+    """Whether a value, if it is an array, has the shape and dtype of a variable."""
+    aval, expected = getattr(value, "aval", None), var.aval
+    if aval is None or aval is expected or not (_jax.is_array(aval) and _jax.is_array(expected)):
         return True
-    return value.shape == aval.shape and value.dtype == aval.dtype
+    return aval.shape == expected.shape and aval.dtype == expected.dtype
 
 
 def _started(child: Pass, is_new: bool, f: Callable) -> Callable:

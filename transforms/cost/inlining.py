@@ -149,7 +149,8 @@ class Inlining:
         """The work of an equation that is no call, or its bodies with how often they run."""
         eqn, times = step.eqn, step.times
         name, bodies = eqn.primitive.name, [body.jaxpr for body in subjaxprs.bodies(eqn)]
-        invariants, wholes = subjaxprs.invariant_operands(eqn, step.reads), subjaxprs.operands(eqn, step.reads)
+        if bodies:
+            invariants, wholes = subjaxprs.invariant_operands(eqn, step.reads), subjaxprs.operands(eqn, step.reads)
         if name in subjaxprs.SWEEPS:
             self._add_sweep(step)
         elif name == "scan":
