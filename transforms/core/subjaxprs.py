@@ -200,10 +200,10 @@ def _ignoring(jaxpr: _jax.ClosedJaxpr, avals: tuple[Any, ...]) -> _jax.ClosedJax
 
 @_jax.weakref_lru_cache
 def _padded(
-    first: _jax.ClosedJaxpr, others: tuple[_jax.ClosedJaxpr, ...], extras: tuple[int, ...]
+    first: _jax.ClosedJaxpr, rest: tuple[_jax.ClosedJaxpr, ...], extras: tuple[int, ...]
 ) -> tuple[_jax.ClosedJaxpr, ...]:
     """Branches that each return the additional outputs of all branches: zeros for those of other branches."""
-    jaxprs = (first, *others)
+    jaxprs = (first, *rest)
     types = [_out_types(j)[len(j.jaxpr.outvars) - n :] for j, n in zip(jaxprs, extras, strict=True)]
 
     def branch(k, *values):
@@ -220,14 +220,14 @@ def _padded(
 
 @_jax.weakref_lru_cache
 def _widened(
-    first: _jax.ClosedJaxpr, others: tuple[_jax.ClosedJaxpr, ...], counts: tuple[int, ...]
+    first: _jax.ClosedJaxpr, rest: tuple[_jax.ClosedJaxpr, ...], counts: tuple[int, ...]
 ) -> tuple[_jax.ClosedJaxpr, ...]:
     """Branches that each take the constants of all branches, and read their own."""
-    jaxprs = [j.jaxpr for j in (first, *others)]
+    jaxprs = [j.jaxpr for j in (first, *rest)]
     variables = [[_jax.Var(v.aval) for v in j.invars[:n]] for j, n in zip(jaxprs, counts, strict=True)]
     branches = []
     for k, (j, n) in enumerate(zip(jaxprs, counts, strict=True)):
-        consts = [v for i, others in enumerate(variables) for v in (j.invars[:n] if i == k else others)]
+        consts = [v for i, own in enumerate(variables) for v in (j.invars[:n] if i == k else own)]
         branches.append(_jax.close(j.replace(invars=[*consts, *j.invars[n:]], debug_info=_jax.unnamed(j))))
     return tuple(branches)
 

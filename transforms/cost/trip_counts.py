@@ -1,4 +1,4 @@
-"""How often loops run and branches are taken: as told, or measured by running the program with counters."""
+"""Trip counts of loops and weights of branches: the user's, or measured by a run with counters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..while_loops.primitives import forward_p, loop_p, sweep_p, tangent_p
 
 
 class ByScope:
-    """What the user says of loops or branches: one answer for all, or by scope pattern, the first that matches."""
+    """The user's counts or weights: one for all, or by scope pattern, of which the first that matches counts."""
 
     def __init__(self, name: str, answers: Any):
         self.name, self.answers, self.used = name, answers, set[str]()
@@ -37,24 +37,24 @@ class ByScope:
                 return answer
         return None
 
-    def check(self, found: Sequence[str]) -> None:
-        """Raise if a pattern was for nothing."""
+    def check(self, paths: Sequence[str]) -> None:
+        """Raise if a pattern matches no loop or branch."""
         unused = [p for p in self.answers if p not in self.used] if isinstance(self.answers, Mapping) else []
         if unused:
             raise OptionError(
                 f"{self.name}= names {unused[0]!r}, where there is none.",
-                inputs=f"there are {', '.join(dict.fromkeys(found)) or 'none'}",
+                inputs=f"there are {', '.join(dict.fromkeys(paths)) or 'none'}",
                 hint=f"a pattern names scopes and ends in the primitive, as in {self.name}={{'solver/while': ...}}",
             )
 
 
 def measured(graph: Graph, args: tuple, kwargs: dict) -> Callable[[Any, Path], float | None]:
-    """Run a graph, and count the trips of its loops: the mean over the runs of each."""
+    """Run a graph and count the trips of its loops: the mean over all runs of each loop."""
     counts: dict[int, list[int]] = defaultdict(list)
     record = lambda key, n: counts[key].append(int(n))
 
     def counted(key: int, cond: Callable, body: Callable, x: Sequence[Any]) -> list[Any]:
-        """The last x of a loop. Lanes of a batch that have finished stay as they are, as in JAX's own."""
+        """The last x of a loop; finished lanes of a batch stay, as in JAX's own loop."""
 
         def step(state):
             n, running, x = state
@@ -73,9 +73,9 @@ def measured(graph: Graph, args: tuple, kwargs: dict) -> Callable[[Any, Path], f
         return counted(_key(eqn), cond, body, values[n + m :])
 
     def sweep(eqn, *values):
-        inner = eqn.params["sweep"]
-        c, x = values[: inner.sizes[0]], values[inner.sizes[0] : sum(inner.sizes[:2])]
-        counted(_key(eqn), lambda x: call(inner.cond, c, x)[0], lambda x: call(inner.step, c, x), x)
+        params = eqn.params["sweep"]
+        c, x = values[: params.sizes[0]], values[params.sizes[0] : sum(params.sizes[:2])]
+        counted(_key(eqn), lambda x: call(params.cond, c, x)[0], lambda x: call(params.step, c, x), x)
         return eqn.primitive.bind(*values, **eqn.params)
 
     table = {lax.while_p: loop, loop_p: loop, forward_p: sweep, sweep_p: sweep, tangent_p: sweep}

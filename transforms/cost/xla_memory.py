@@ -323,9 +323,9 @@ class _Module:
             if k.step and k.step.bodies and id(k.step) not in body_bytes:
                 peaks = [_Module(b.steps, b.outputs, self.backend).temp_bytes() * b.copies for b in k.step.bodies]
                 body_bytes[id(k.step)] = k.step.kept_bytes + max(peaks)
-            inner = body_bytes.get(id(k.step), workspace_bytes(k.step.eqn, self.backend) if k.step else 0)
+            inside = body_bytes.get(id(k.step), workspace_bytes(k.step.eqn, self.backend) if k.step else 0)
             is_overwriting = k.is_in_place and any(d.bytes == new and d is not k for d in dying[k.at])
-            most = max(most, live + inner + (0 if is_overwriting else new))
+            most = max(most, live + inside + (0 if is_overwriting else new))
             live += new - sum(d.bytes for d in dying[k.at])
         return most
 

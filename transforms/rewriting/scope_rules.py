@@ -1,7 +1,7 @@
 """Rules for whole scopes: the equations of a named scope, as one Graph, go to a rule.
 
-Where a scope ends is known only when the whole program is, so the function is traced, at every call. In a traced program a scope
-is each run of neighbouring equations that lie in it; a scope that is entered twice in a row, with nothing in between, is one.
+The end of a scope is known only when the program is complete, so the function is traced at every call. In a traced program a
+scope is each run of neighbouring equations in it; two entries of a scope with nothing in between are one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def scoped(f: Callable, rules: Mapping[str, Callable]) -> Callable:
         outputs = run(p, jaxpr, values)
         for pattern in rules:
             if pattern not in p.matched:
-                raise _missing(f, pattern, p.matched, list(_scopes_of(jaxpr)))
+                raise _unmatched(f, pattern, p.matched, list(_scopes_of(jaxpr)))
         return result(outputs)
 
     return with_rules
@@ -80,27 +80,27 @@ def _traced(f: Callable, args: tuple, kwargs: dict) -> tuple[_jax.ClosedJaxpr, l
     leaves, tree = tree_flatten((args, kwargs))
     paths, _ = named_leaves(args, kwargs, _jax.signature_of(f))
     arrays = [k for k, x in enumerate(leaves) if is_array(x)]
-    made: list[Any] = []
+    results: list[Any] = []
 
     def flat(*values):
-        given = dict(zip(arrays, values, strict=True))
-        args, kwargs = tree_unflatten(tree, [given.get(k, x) for k, x in enumerate(leaves)])
-        made[:], out_tree = tree_flatten(f(*args, **kwargs))
-        outputs = [x for x in made if is_array(x)]
-        made[:] = [_HERE if is_array(x) else x for x in made] + [out_tree]
+        by_place = dict(zip(arrays, values, strict=True))
+        args, kwargs = tree_unflatten(tree, [by_place.get(k, x) for k, x in enumerate(leaves)])
+        results[:], out_tree = tree_flatten(f(*args, **kwargs))
+        outputs = [x for x in results if is_array(x)]
+        results[:] = [_ARRAY if is_array(x) else x for x in results] + [out_tree]
         return outputs
 
     jaxpr = _jax.stage(f, args, kwargs, [leaves[k] for k in arrays], flat)
-    *others, out_tree = made
+    *static_results, out_tree = results
 
     def result(outputs):
         outputs = iter(outputs)
-        return tree_unflatten(out_tree, [next(outputs) if x is _HERE else x for x in others])
+        return tree_unflatten(out_tree, [next(outputs) if x is _ARRAY else x for x in static_results])
 
     return jaxpr, [leaves[k] for k in arrays], [paths[k] for k in arrays], result
 
 
-_HERE = object()  # stands for an array among what a function returned
+_ARRAY = object()  # stands for an array among what a function returned
 
 
 _REGION = _jax.Primitive("region")
@@ -205,9 +205,9 @@ class ScopeRules(Pass):
 def _region(
     jaxpr: _jax.Jaxpr, eqns: Sequence[Any], outvars: list[Any], scope: str, rule: Callable, name: Callable
 ) -> Region:
-    made = {v for eqn in eqns for v in eqn.outvars}
+    computed = {v for eqn in eqns for v in eqn.outvars}
     read = dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, _jax.Var))
-    invars = [v for v in read if v not in made]
+    invars = [v for v in read if v not in computed]
     in_tree = tree_structure((tuple(invars), {}))
     out_tree = tree_structure(outvars[0] if len(outvars) == 1 else tuple(outvars))
     closed = _jax.part_of(jaxpr, invars, outvars, eqns)
@@ -215,10 +215,10 @@ def _region(
     return Region(invars, outvars, graph, rule, _jax.without_scopes(eqns[0].source_info), eqns[0].ctx)
 
 
-def _missing(f: Any, pattern: str, found: set[str], scopes: list[tuple[Path, bool]]) -> OptionError:
-    """Why a pattern has found no scope."""
+def _unmatched(f: Any, pattern: str, matched: set[str], scopes: list[tuple[Path, bool]]) -> OptionError:
+    """The error for a pattern that matches no scope."""
     lying = [(path, is_open) for path, is_open in scopes if entered(pattern, path)]
-    other = next((p for p in found for path, is_open in lying if is_open and entered(p, path)), None)
+    other = next((p for p in matched for path, is_open in lying if is_open and entered(p, path)), None)
     if not lying:
         why = f"which {name_of(f)} does not have"
         hint = (

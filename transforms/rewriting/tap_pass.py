@@ -141,7 +141,7 @@ class Tap(Pass):
         if is_within(path, output.scope):
             return value
         if output.place not in self.replaced:
-            (self.replaced[output.place],) = self.found(output.name, output.place, [value])
+            (self.replaced[output.place],) = self.select(output.name, output.place, [value])
         return self.replaced[output.place]
 
     def scope_output(self, value: Any) -> ScopeOutput | None:
@@ -149,7 +149,7 @@ class Tap(Pass):
         output = self.outputs_of_scopes.get(id(value))
         return output if output and output.value() is value else None
 
-    def found(self, name: str, place: int, values: list[Any]) -> list[Any]:
+    def select(self, name: str, place: int, values: list[Any]) -> list[Any]:
         """Selected values: as they are, or their replacements."""
         if self.selection.replacement is None:
             self.tapped.append((place, TappedValue(name, values[0] if len(values) == 1 else tuple(values))))
@@ -258,7 +258,7 @@ class Tap(Pass):
                     name = "/".join((*scopes, calls[-1].primitive.name))
                     self.outputs_of_scopes[id(value)] = ScopeOutput(weakref.ref(value), scope, name, self.place())
         if self.selection.selects(eqn, path, map(jax.typeof, values), map(jax.typeof, outputs)):
-            return self.found("/".join((*path, eqn.primitive.name)), self.place(), outputs)
+            return self.select("/".join((*path, eqn.primitive.name)), self.place(), outputs)
         return outputs
 
     def _last_test(self, eqn: Any, path: Path, values: Sequence[Any], carry: Sequence[Any]) -> None:
