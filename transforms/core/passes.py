@@ -99,7 +99,7 @@ class Pass:
     # How JAX's parts are handled, which few passes override
 
     def ignores(self, primitive: _jax.Primitive, params: dict[str, Any]) -> bool:
-        """Whether the primitive of a running function is none of this pass's business, and goes to JAX at once."""
+        """Whether a primitive of a running function goes to JAX at once, because this pass leaves it as it is."""
         return False
 
     def has_work(self, jaxpr: _jax.Jaxpr) -> bool:
@@ -111,7 +111,7 @@ class Pass:
         return body.consts
 
     def axes(self, eqn: Any, values: Sequence[Any]) -> frozenset[str]:
-        """The mesh axes along which operands vary unknown to the graph: all operands are made to vary along them."""
+        """The mesh axes along which operands vary, where the graph does not know it: all operands then vary along them."""
         return manual_axes.unforeseen(values) if isinstance(eqn, _jax.JaxprEqn) else frozenset()
 
     def visit(self, eqn: Any, values: Sequence[Any]) -> list[Any]:

@@ -290,7 +290,7 @@ class _Replacement(Pass):
 
     Attributes:
       items: the nodes and calls of the level, one per equation; `item` is that of the equation that is visited.
-      arrays: the arrays of the values computed so far; inside of opened calls too.
+      arrays: by value, the arrays computed so far, also in opened calls.
     """
 
     def __init__(
@@ -303,13 +303,13 @@ class _Replacement(Pass):
         self.memo = plan.staged
 
     def level(self, jaxpr: Any, values: Sequence[Any]) -> Any:
-        """The jaxpr itself; its inputs are known from here."""
+        """The jaxpr itself, once its inputs are stored."""
         self.items = iter(self.view_level.items)
         self._store([*jaxpr.constvars, *jaxpr.invars], values)
         return jaxpr
 
     def visit(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        """The outputs of an equation: of a match by the replacement, None where nobody needs it."""
+        """The outputs of an equation: of a match by the replacement; None for dead equations."""
         self.item = item = next(self.items)
         if isinstance(item, Level):
             outputs = super().visit(eqn, values)

@@ -95,23 +95,23 @@ class Tap(Pass):
       is_loop: whether each value found comes with a flag that says that it was computed.
       tapped: the values found, with their places in program order.
       outputs_of_scopes: by the identity of the value. replaced: by the place of a scope output, the value outside of its scope.
-      is_shadow: whether the equation that is bound now is computed beside the program, to be seen.
+      is_shadow: whether the equation that is visited is computed beside the program, to be seen.
+      path: the scopes around that equation. replaces_consts: whether its sub-jaxprs close over replaced values. is_inside:
+        whether they do, or hold selected values.
     """
 
     def __init__(self, selection: Selection, around: Path = (), outer: Tap | None = None, is_loop: bool = False):
         self.selection, self.around, self.outer, self.is_loop = selection, around, outer, is_loop
         self.base = len(_jax.name_stack())
         self.memo = None if outer else selection.bodies
-        self.key = around, is_loop
+        self.key = is_loop
         self.tapped: list[tuple[int, TappedValue]] = []
         self.outputs_of_scopes: dict[int, ScopeOutput] = {}
         self.replaced: dict[int, Any] = {}
         self.places = 0
         self.is_shadow = False
-        self.path: Path = around  # of the equation that is visited
-        self.replaces_consts = self.is_inside = (
-            False  # whether its sub-jaxprs close over replaced values, or hold selected ones
-        )
+        self.path: Path = around
+        self.replaces_consts = self.is_inside = False
 
     def in_order(self) -> list[TappedValue]:
         """The values found, in program order."""

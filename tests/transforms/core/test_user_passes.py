@@ -295,3 +295,46 @@ def test_a_memo_keeps_one_body_per_scope():
 
     for _ in range(2):
         np.testing.assert_allclose(fg.live(f, Named())(1.0), (np.sin(1), 4 * np.sin(1)), rtol=1e-6)
+
+
+CONTEXTS = {
+    "x64": lambda: jax.enable_x64(True),
+    "leaks": jax.checking_leaks,
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "debug_nans": lambda: jax.debug_nans(True),
+    "disable_jit": lambda: jax.disable_jit(True),
+    "explicit mesh": lambda: jax.set_mesh(
+        jax.make_mesh((2,), ("i",), (jax.sharding.AxisType.Explicit,), devices=HOSTS)
+    ),
+}
+HOSTS = jax.devices("cpu")[:2]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_contexts(context):
+    class Doubled(fg.Pass):
+        def equation(self, eqn, values):
+            outputs = super().equation(eqn, values)
+            return [outputs[0] + outputs[0]] if eqn.primitive is lax.sin_p else outputs
+
+    def program(sin):
+        @jax.custom_jvp
+        def ruled(x):
+            return sin(x)
+
+        ruled.defjvp(lambda primals, tangents: (ruled(*primals), tangents[0] * jnp.cos(primals[0])))
+
+        def f(x):
+            x, _ = lax.scan(lambda c, _: (sin(c) + 1.0, None), x, None, length=3)
+            return jnp.sum(lax.cond(True, sin, lambda y: y, jax.checkpoint(ruled)(x)))
+
+        return f
+
+    f, want = program(lax.sin), program(lambda x: lax.sin(x) + lax.sin(x))
+    with CONTEXTS[context]():
+        x = jnp.linspace(0.1, 1.0, 4, dtype=jnp.float64 if context == "x64" else jnp.float32)
+        x = jax.device_put(x, jax.P("i")) if context == "explicit mesh" else x
+        live, graph = fg.live(f, Doubled()), fg.rewrite(fg.trace(f, x), Doubled())
+        for got in (live, graph):
+            np.testing.assert_allclose(got(x), want(x), rtol=1e-6)
+            np.testing.assert_allclose(jax.grad(got)(x), jax.grad(want)(x), rtol=1e-5)
